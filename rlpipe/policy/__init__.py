@@ -1,0 +1,1 @@
+"""The policy: a unified multimodal model, its prompt strings, and what guidance makes of its logits."""

@@ -1,0 +1,147 @@
+"""The unified model: transformers' Janus with its three embeddings and two heads under plain names.
+
+    text tokens -> embed_text  \\                               / text_logits
+    VQ codes    -> embed_codes  -> language model -> hidden ->
+    pixels      -> embed_pixels /                               \\ image_logits
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoTokenizer, JanusForConditionalGeneration
+
+from rlpipe.policy.templates import Templates
+
+T = TypeVar("T")
+
+
+class JanusPolicy(nn.Module):
+    """A Janus model with its tokenizer's templates.
+
+    Images are uint8 [B, H, W, 3]; codes int64 [B, num_image_tokens]; embeddings and hidden states [B, T, D].
+
+        policy = JanusPolicy.load("rlpipe/world/assets/policy")
+        codes = policy.encode_pixels(images)          # [B, N]
+        images = policy.decode_codes(codes)           # uint8 [B, H, W, 3]
+    """
+
+    def __init__(self, janus: JanusForConditionalGeneration, templates: Templates) -> None:
+        super().__init__()
+        self.janus = janus
+        self.templates = templates
+        config = janus.config
+        self.image_size: int = config.vision_config.image_size
+        self.num_image_tokens: int = config.vq_config.num_patches**2
+        self.codebook_size: int = config.vq_config.num_embeddings
+        # A VQ tokenizer of 3 * r * r input channels works on r x r pixel blocks; the published models have r = 1.
+        self.pixel_unshuffle: int = math.isqrt(config.vq_config.in_channels // 3)
+        # The original VQ compares l2-normalised vectors; transformers' does so only if the rows are unit vectors.
+        codebook = janus.model.vqmodel.quantize.embedding.weight
+        with torch.no_grad():
+            codebook.copy_(F.normalize(codebook.float(), dim=-1))
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> JanusPolicy:
+        """Load a checkpoint folder in the transformers layout (safetensors only, no remote code)."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"policy.path: no config.json in {path.resolve()}; give a Janus checkpoint folder")
+        attention = "eager" if device == "cpu" else "sdpa"
+        janus = JanusForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation=attention
+        )
+        if janus.config.tie_word_embeddings:
+            raise ValueError(f"policy.path: {path} ties its word embeddings; Janus has a separate lm_head")
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return cls(janus.to(device).eval(), Templates(tokenizer))
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the transformers layout: config.json, model.safetensors, tokenizer files."""
+        state = {k: v.detach().to(dtype or v.dtype).cpu().contiguous() for k, v in self.janus.state_dict().items()}
+        self.janus.save_pretrained(path, state_dict=state)
+        self.templates.tokenizer.save_pretrained(path)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def part(self, name: str) -> nn.Module:
+        """A part by its checkpoint name: language_model, aligner, generation_head, lm_head, ..."""
+        return self.janus.lm_head if name == "lm_head" else getattr(self.janus.model, name)
+
+    def set_trainable(self, parts: Iterable[str]) -> None:
+        """Let gradients into the named parts and nowhere else."""
+        self.requires_grad_(False)
+        for name in parts:
+            self.part(name).requires_grad_(True)
+
+    def forward(self, function: Callable[..., T], *args, **kwargs) -> T:
+        """Run `function(self, ...)` inside this module's forward, where sharding wrappers see every use of a weight."""
+        return function(self, *args, **kwargs)
+
+    # embeddings
+
+    def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.janus.model.language_model.embed_tokens(ids)
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        model = self.janus.model
+        return model.generation_aligner(model.generation_embeddings(codes))
+
+    def embed_pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Understanding embeddings [B, N, D] of uint8 [B, H, W, 3] (SigLIP tower, then aligner)."""
+        with torch.no_grad():
+            features = self.janus.model.vision_model(self.normalise(images)).last_hidden_state
+        return self.janus.model.aligner(features)
+
+    # the language model and its heads
+
+    def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, D] under a causal mask; `positions` int64 [B, T] may have gaps.
+
+        Rows are padded on the right, where causality alone keeps the padding out.
+        """
+        length = embeddings.shape[1]
+        # An explicit mask: transformers takes a gap in the positions for the border of a packed sequence.
+        blocked = torch.full((length, length), torch.finfo(embeddings.dtype).min, device=embeddings.device).triu(1)
+        return self.janus.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=blocked.to(embeddings.dtype)[None, None],
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.janus.lm_head(hidden)
+
+    def image_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.janus.model.generation_head(hidden)
+
+    # pixels
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [-1, 1] of uint8 [B, H, W, 3], as tower and VQ tokenizer take them."""
+        dtype = self.janus.model.vision_model.dtype
+        return (images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
+
+    @torch.no_grad()
+    def encode_pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """VQ codes [B, N] of uint8 [B, H, W, 3]: nearest codebook vector after l2-normalisation of both sides."""
+        vq = self.janus.model.vqmodel
+        pixels = F.pixel_unshuffle(self.normalise(images), self.pixel_unshuffle)
+        latents = F.normalize(vq.quant_conv(vq.encoder(pixels)).float(), dim=1)
+        similarity = torch.einsum("bdhw,kd->bhwk", latents, vq.quantize.embedding.weight.float())
+        return similarity.argmax(-1).flatten(1)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] of VQ codes [B, N]; truncated, not rounded, as in the official code."""
+        pixels = F.pixel_shuffle(self.janus.model.vqmodel.decode(codes.to(self.device)).float(), self.pixel_unshuffle)
+        return ((pixels.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
