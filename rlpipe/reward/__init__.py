@@ -1,0 +1,1 @@
+"""Scorers: a picture and a prompt in, a number or a reason for its absence out."""

@@ -1,0 +1,186 @@
+"""What a scorer is, how a configuration names one, and what becomes of its answers.
+
+A scorer of a third party needs no change here: any class with `score(requests) -> list[Score]` is named by
+its import path; its constructor gets those of `path`, `question`, `batch_size` that it has, and `options`.
+
+    reward: [{name: style, scorer: "mypackage.style:StyleScorer", weight: 0.5, options: {level: 3}}]
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlpipe.config import ConfigError, ScorerSection
+from rlpipe.reward.question import check_question
+from rlpipe.types import Score, ScoreRequest
+
+
+class Scorer(Protocol):
+    """Answers requests: as many scores as requests, in their order, with their ids."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
+
+
+SCORERS: dict[str, str] = {
+    "internvl": "rlpipe.reward.internvl:InternVLJudge",
+    "brightness": "rlpipe.reward.simple:Brightness",
+    "redness": "rlpipe.reward.simple:Redness",
+}
+"""Registry name -> import path; paths, so that one scorer's dependencies are not everybody's."""
+
+STANDARD_KEYWORDS = ("path", "question", "batch_size")
+
+
+def resolve_scorer(section: ScorerSection) -> tuple[Callable[..., Scorer], dict[str, Any]]:
+    """The scorer's class and its constructor's keywords, nothing built; ConfigError where they do not fit."""
+    field = f"reward[{section.name}]"
+    target = _import(SCORERS.get(section.scorer, section.scorer), f"{field}.scorer")
+    if not callable(getattr(target, "score", None)):
+        raise ConfigError(f"{field}.scorer: {section.scorer} has no method score(requests)")
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    clash = sorted(set(section.options) & set(STANDARD_KEYWORDS))
+    if clash:
+        raise ConfigError(f"{field}.options: {clash[0]} is a key of its own; set {field}.{clash[0]}")
+    keywords = {
+        key: getattr(section, key)
+        for key in STANDARD_KEYWORDS
+        if (open_ended or key in parameters) and getattr(section, key) is not None
+    }
+    if "question" in keywords:
+        try:
+            check_question(section.question, f"{field}.question")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    keywords |= section.options
+    try:
+        inspect.signature(target).bind(**keywords)
+    except TypeError as error:
+        accepted = ", ".join(parameters) or "nothing"
+        raise ConfigError(f"{field}: {section.scorer} {error}; it takes {accepted}") from None
+    return target, keywords
+
+
+def check_scorers(sections: Sequence[ScorerSection]) -> None:
+    """ConfigError if a scorer cannot be found or its constructor does not take its section's keywords.
+
+    Beyond what `rlpipe.config.validate` checks, because it imports the scorers' modules (torch with them).
+    """
+    for section in sections:
+        resolve_scorer(section)
+
+
+def build_scorer(section: ScorerSection) -> Scorer:
+    """The scorer of a section, loaded and ready; ConfigError names the section's field that is at fault."""
+    target, keywords = resolve_scorer(section)
+    try:
+        return target(**keywords)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        separator = "." if line.partition(":")[0] in keywords else ": "
+        raise ConfigError(f"reward[{section.name}]{separator}{line}") from error
+
+
+def _import(path: str, field: str) -> Any:
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        known = ", ".join(sorted(SCORERS))
+        raise ConfigError(
+            f"{field}: {path!r} is unknown; take one of {known}, or an import path package.module:Class"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise ConfigError(f"{field}: cannot import {module_name} ({error}); is it installed here?") from error
+    except AttributeError:
+        raise ConfigError(f"{field}: module {module_name} has no {name}") from None
+
+
+def score_all(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Score]:
+    """One score per request, whatever the scorer does: what it fails to give is missing, with the reason.
+
+    Missing are all scores when it raises or returns the wrong number of them, and single ones when the image
+    is not uint8 [H, W, 3], the id is another one's, or a value or part is not a finite real number.
+    """
+    problems = {i: p for i, r in enumerate(requests) if (p := _image_problem(r.image))}
+    good = [r for i, r in enumerate(requests) if i not in problems]
+    answers = iter(_answers(scorer, good) if good else [])
+    return [
+        Score(id=r.id, value=None, error=problems[i]) if i in problems else next(answers)
+        for i, r in enumerate(requests)
+    ]
+
+
+def _answers(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Score]:
+    try:
+        scores = scorer.score(requests)
+        if not isinstance(scores, Sequence) or len(scores) != len(requests):
+            got = len(scores) if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
+            raise TypeError(f"{type(scorer).__name__}.score returned {got} for {len(requests)} requests")
+    except Exception as error:  # a scorer is foreign code: its failure is data here, counted by the caller
+        reason = f"{type(error).__name__}: {error}"
+        return [Score(id=r.id, value=None, error=reason) for r in requests]
+    return [_checked(r, s) for r, s in zip(requests, scores, strict=True)]
+
+
+def _image_problem(image: Any) -> str | None:
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and min(shape) > 0:
+        return None
+    return f"image is {type(image).__name__} {dtype} {shape}, not uint8 [H, W, 3]"
+
+
+def _checked(request: ScoreRequest, score: Any) -> Score:
+    """The score with plain floats, or a missing one that says why."""
+    if not isinstance(score, Score):
+        reason = f"answer is a {type(score).__name__}, not a Score"
+    elif score.id != request.id:
+        reason = f"answer has id {score.id!r}, asked was {request.id!r}"
+    elif score.missing:
+        reason = score.error or "no value and no reason given"
+    else:
+        named = {"value": score.value, **{f"part {key}": value for key, value in score.parts.items()}}
+        bad = [f"{name} is {value!r}" for name, value in named.items() if not _is_finite(value)]
+        if not bad:
+            parts = {key: float(value) for key, value in score.parts.items()}
+            return Score(id=request.id, value=float(score.value), parts=parts)
+        reason = f"{bad[0]}, not a finite number"
+    return Score(id=request.id, value=None, error=reason)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def combine(sections: Sequence[ScorerSection], scores: Sequence[Score]) -> Score:
+    """One request's scores, one per section in order, as their weighted sum.
+
+    `parts` keeps every value there is, under the section's name, and a scorer's own parts under name/part.
+    The sum is missing as soon as one score of a weight other than 0 is: a sum over the rest would be on
+    another scale than those of its group.
+    """
+    ids = {s.id for s in scores}
+    if len(ids) != 1 or len(scores) != len(sections):
+        raise ValueError(
+            f"combine: {len(sections)} scorers, but scores of ids {sorted(ids)} ({len(scores)} in all)"
+        )
+    parts: dict[str, float] = {}
+    missing: list[str] = []
+    total = 0.0
+    for section, score in zip(sections, scores, strict=True):
+        parts |= {f"{section.name}/{key}": value for key, value in score.parts.items()}
+        if not score.missing:
+            parts[section.name] = score.value
+            total += section.weight * score.value
+        elif section.weight != 0:
+            missing.append(f"{section.name}: {score.error}")
+    if missing:
+        return Score(id=scores[0].id, value=None, parts=parts, error="; ".join(missing))
+    return Score(id=scores[0].id, value=total, parts=parts)
