@@ -1,0 +1,1 @@
+"""What training reads: prompts, and supervised examples of the three sub-tasks."""
