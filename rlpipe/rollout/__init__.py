@@ -1,0 +1,1 @@
+"""Drawing trajectories: the decoder, the sampler, and the programs that join images and reflections."""
