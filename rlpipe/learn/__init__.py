@@ -1,0 +1,1 @@
+"""Learning: trajectories replayed as sequences, credit, the one loss, the optimiser step, checkpoints."""
