@@ -1,0 +1,1 @@
+"""Seeing a run: metrics, tracker, terminal view, gallery and report."""
