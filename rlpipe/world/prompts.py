@@ -183,22 +183,21 @@ def sample_spec(rng: random.Random, split: str = "train", tag: str | None = None
 def write_prompts(path: str | Path, split: str, count_per_tag: int, seed: int) -> int:
     """Write a JSONL prompt file with rows {id, prompt, tag, include, exclude}; return the number of rows.
 
-    "train" and "all" give distinct prompts, so kinds with fewer than `count_per_tag` give fewer rows. "test"
-    gives exactly `count_per_tag` rows per kind; small kinds repeat their prompts in turn under new ids.
+    Every kind gets exactly `count_per_tag` rows, so that none outweighs another; small kinds repeat their prompts in
+    turn under new ids. The kinds take turns, so that any first part of the file has all of them.
     """
     rng = random.Random(seed)
-    num_rows = 0
+    columns = []
+    for tag in TAGS:
+        specs = list(split_specs(split, tag))
+        rng.shuffle(specs)
+        columns.append([(tag, i, specs[i % len(specs)].metadata) for i in range(count_per_tag)])
+    rows = list(itertools.chain(*zip(*columns, strict=True)))
     with open(path, "w", encoding="utf-8") as file:
-        for tag in TAGS:
-            specs = list(split_specs(split, tag))
-            rng.shuffle(specs)
-            chosen = itertools.cycle(specs) if split == "test" else specs
-            for index, spec in enumerate(itertools.islice(chosen, count_per_tag)):
-                meta = spec.metadata
-                row = {"id": f"{split}-{tag}-{index:05d}", "prompt": meta.pop("prompt"), **meta}
-                file.write(json.dumps(row) + "\n")
-                num_rows += 1
-    return num_rows
+        for tag, index, meta in rows:
+            row = {"id": f"{split}-{tag}-{index:05d}", **meta}
+            file.write(json.dumps(row) + "\n")
+    return len(rows)
 
 
 def _problem(spec: PromptSpec) -> str | None:
