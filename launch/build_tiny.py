@@ -34,6 +34,15 @@ from rlpipe.world.prompts import write_prompts
 
 ASSETS = Path(__file__).resolve().parent.parent / "rlpipe/world/assets"
 SAMPLING = Sampling(max_reflection_tokens=20)
+TRAINING_PROMPTS = {
+    "single_object": 80,
+    "two_object": 300,
+    "counting": 400,
+    "colors": 120,
+    "position": 500,
+    "color_attr": 500,
+}
+"""Rows by kind. Reinforcement learns nothing from a prompt whose every image is right, so the easy kinds are few."""
 LANGUAGE = ["language_model", "aligner", "generation_embeddings", "generation_aligner", "generation_head", "lm_head"]
 
 
@@ -173,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.assets.mkdir(parents=True, exist_ok=True)
-    write_prompts(arguments.assets / "prompts_train.jsonl", "train", 320, seed=1)
+    write_prompts(arguments.assets / "prompts_train.jsonl", "train", TRAINING_PROMPTS, seed=1)
     write_prompts(arguments.assets / "prompts_test.jsonl", "test", 100, seed=2)
     build = Build(arguments.work, arguments.assets)
     for stage in arguments.stages:

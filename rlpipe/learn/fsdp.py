@@ -85,11 +85,11 @@ class FsdpLearner:
             {"params": matrices, "weight_decay": section.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), eps=section.eps)
+        optimizer = torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), eps=section.eps, fused=True)
         for parameter in self.parameters.values():
             # What AdamW itself makes at its first step; made here so that a checkpoint can be loaded into it.
             optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -53,9 +53,8 @@ class JanusPolicy(nn.Module):
         path = Path(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"policy.path: no config.json in {path.resolve()}; give a Janus checkpoint folder")
-        attention = "eager" if device == "cpu" else "sdpa"
         janus = JanusForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation=attention
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
         )
         if janus.config.tie_word_embeddings:
             raise ValueError(f"policy.path: {path} ties its word embeddings; Janus has a separate lm_head")

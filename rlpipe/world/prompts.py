@@ -11,6 +11,7 @@ import json
 import random
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -180,19 +181,20 @@ def sample_spec(rng: random.Random, split: str = "train", tag: str | None = None
     return rng.choice(split_specs(split, tag or rng.choice(TAGS)))
 
 
-def write_prompts(path: str | Path, split: str, count_per_tag: int, seed: int) -> int:
+def write_prompts(path: str | Path, split: str, counts: int | Mapping[str, int], seed: int) -> int:
     """Write a JSONL prompt file with rows {id, prompt, tag, include, exclude}; return the number of rows.
 
-    Every kind gets exactly `count_per_tag` rows, so that none outweighs another; small kinds repeat their prompts in
-    turn under new ids. The kinds take turns, so that any first part of the file has all of them.
+    `counts` is the number of rows of every kind, or of each by tag; small kinds repeat their prompts in turn under
+    new ids. The kinds take turns, so that any first part of the file has all of them.
     """
     rng = random.Random(seed)
     columns = []
     for tag in TAGS:
         specs = list(split_specs(split, tag))
         rng.shuffle(specs)
-        columns.append([(tag, i, specs[i % len(specs)].metadata) for i in range(count_per_tag)])
-    rows = list(itertools.chain(*zip(*columns, strict=True)))
+        count = counts if isinstance(counts, int) else counts[tag]
+        columns.append([(tag, i, specs[i % len(specs)].metadata) for i in range(count)])
+    rows = [row for turn in itertools.zip_longest(*columns) for row in turn if row is not None]
     with open(path, "w", encoding="utf-8") as file:
         for tag, index, meta in rows:
             row = {"id": f"{split}-{tag}-{index:05d}", **meta}

@@ -1,0 +1,21 @@
+"""GRPO on a unified multimodal model: `python launch/grpo.py [--config FILE] [--dry-run] key=value ...`"""
+
+from __future__ import annotations
+
+import sys
+
+from rlpipe.config import parse_args
+
+
+def main() -> int:
+    config, dry_run = parse_args("Reinforcement learning with GRPO, then the table on held-out prompts.")
+    if dry_run:
+        return 0
+    # Torch and Ray are loaded only for a configuration that can be run.
+    from roles.jobs import grpo, run_job
+
+    return run_job(grpo, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
