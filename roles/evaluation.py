@@ -1,0 +1,167 @@
+"""Measuring policies on held-out prompts by the rollout workers, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlpipe.config import Config
+from rlpipe.data.prompts import load_prompts
+from rlpipe.evaluate.table import Measured, NearMiss, Outcome, summarise
+from rlpipe.evaluate.terminal import print_table
+from rlpipe.observe.report import write_report
+from rlpipe.types import Prompt
+from rlpipe.world.prompts import spec_from_metadata
+from roles.group import ActorPool, RoleError
+from roles.trainer import Trainer
+from roles.weight_sync import WeightSync
+from roles.work import Manifest
+
+JUDGE_LOSSES = 3
+"""Times that the judge may be lost while one slice of the prompts is measured."""
+
+
+def uncheckable(prompts: Sequence[Prompt]) -> str | None:
+    """Why the exact checker cannot measure these prompts; None if it can."""
+    for prompt in prompts:
+        try:
+            spec_from_metadata({**prompt.metadata, "prompt": prompt.text})
+        except ValueError as error:
+            return f"prompt {prompt.id!r} is none of the tiny world ({error})"
+    return None
+
+
+class Evaluation:
+    """Measures one version of the weights after the other; finished measurements are kept in the run folder.
+
+    evaluation = Evaluation(config, trainer, rollout_pool, scorer_pool, sync)
+    rl = await evaluation.measure("RL", await trainer.publish(), guidance=1.0)
+    """
+
+    def __init__(
+        self, config: Config, trainer: Trainer, rollout: ActorPool, scorer: ActorPool, sync: WeightSync
+    ) -> None:
+        self.config, self.trainer = config, trainer
+        self.rollout, self.scorer, self.sync = rollout, scorer, sync
+        prompts = load_prompts(config.evaluate.prompts)
+        self.prompts = prompts[: config.evaluate.limit or None]
+
+    async def measure(self, name: str, manifest: Manifest, guidance: float, full: bool = True) -> Measured:
+        """Outcomes of all prompts; `full` adds the near-miss test and the learned judge's scores."""
+        path = Path(self.config.run.dir) / "evaluation" / f"{self._key(manifest, guidance, full)}.json"
+        if path.is_file():
+            return _read(path)
+        if self.sync.manifest is None or self.sync.manifest.checksum != manifest.checksum:
+            await self.sync.send(manifest)
+        size = self.config.evaluate.batch_size
+        slices = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
+        stage, done = f"measuring {name} at guidance {guidance:g}", 0
+        results: list[tuple[list[Outcome], list[NearMiss]]] = [([], [])] * len(slices)
+
+        async def one(number: int) -> None:
+            nonlocal done
+            results[number] = await self._slice(slices[number], guidance, full)
+            done += len(slices[number])
+            self.trainer.view.progress(stage, done, len(self.prompts))
+
+        await self.trainer.unless_halted(asyncio.gather(*(one(number) for number in range(len(slices)))))
+        outcomes = [outcome for part, _ in results for outcome in part]
+        near_misses = [near_miss for _, part in results for near_miss in part]
+        measured = Measured(outcomes, near_misses, guidance)
+        _write(path, measured)
+        return measured
+
+    async def _slice(self, prompts: list[Prompt], guidance: float, full: bool) -> tuple:
+        """Measure some prompts on a free worker, which asks the judge itself."""
+        judge = self.scorer.replicas[0]
+        timeout = self.config.rollout.timeout_s
+        for _ in range(JUDGE_LOSSES):
+            handle = judge.handle if full else None
+            try:
+                return await self.rollout.call(
+                    "evaluate",
+                    prompts,
+                    guidance,
+                    full,
+                    handle,
+                    timeout_s=timeout,
+                    before=lambda replica: (self.sync.version_of(replica),),
+                )
+            except RayTaskError as error:
+                if not isinstance(error.cause, RayActorError):
+                    raise
+                await self.scorer.revive(judge, handle, error.cause)
+        raise RoleError(f"{judge.name}: lost {JUDGE_LOSSES} times while it scored held-out images")
+
+    def _key(self, manifest: Manifest, guidance: float, full: bool) -> str:
+        """What a measurement depends on."""
+        scorer, evaluate = self.config.reward[0], self.config.evaluate
+        rollout = {**asdict(self.config.rollout), "guidance": guidance}
+        for key in ("workers", "num_cpus", "num_gpus", "threads", "groups_per_call", "timeout_s"):
+            del rollout[key]
+        judge = [scorer.scorer, scorer.path, scorer.question] if full else None
+        parts = [manifest.checksum, self.config.policy.path, evaluate.seed, rollout, judge]
+        rows = [[prompt.id, prompt.text, dict(prompt.metadata)] for prompt in self.prompts]
+        return hashlib.sha256(json.dumps([parts, rows], sort_keys=True).encode()).hexdigest()[:16]
+
+
+async def measure_run(evaluation: Evaluation, seconds: float) -> dict | None:
+    """Policy before and after reinforcement, and the SFT policy over guidance scales; prints and saves the summary.
+
+    None, with one line that says why, if the held-out prompts are not the tiny world's.
+    """
+    config, trainer = evaluation.config, evaluation.trainer
+    reason = uncheckable(evaluation.prompts)
+    if reason is not None:
+        trainer.say(f"no table: evaluate.prompts has prompts that the exact checker cannot read; {reason}")
+        return None
+    guidance = config.rollout.guidance
+    rl = await evaluation.measure("RL", await trainer.publish(), guidance)
+    initial = await trainer.publish_initial()
+    sft = await evaluation.measure("SFT", initial, guidance)
+    sweep = {}
+    for scale in config.evaluate.guidance_sweep:
+        if scale != guidance:
+            sweep[scale] = (await evaluation.measure("SFT", initial, scale, full=False)).outcomes
+    summary = summarise(sft, rl, sweep, seconds, config.seed)
+    path = Path(config.run.dir) / "summary.json"
+    _replace(path, json.dumps(summary, indent=2))
+    return summary
+
+
+def show(config: Config, summary: dict | None) -> None:
+    """Write the report, print the table and where everything is."""
+    report = write_report(config.run.dir)
+    if summary is not None:
+        print_table(summary)
+    print(f"policy: {Path(config.run.dir) / 'policy'}\nreport: {report}", flush=True)
+
+
+def _read(path: Path) -> Measured:
+    stored = json.loads(path.read_text())
+    outcomes = [Outcome(**row) for row in stored["outcomes"]]
+    return Measured(outcomes, [NearMiss(**row) for row in stored["near_misses"]], stored["guidance"])
+
+
+def _write(path: Path, measured: Measured) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {
+        "outcomes": [asdict(outcome) for outcome in measured.outcomes],
+        "near_misses": [asdict(near_miss) for near_miss in measured.near_misses],
+        "guidance": measured.guidance,
+    }
+    _replace(path, json.dumps(rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

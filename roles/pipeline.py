@@ -1,0 +1,349 @@
+"""The driver of reinforcement learning: four small loops over references and small records.
+
+    _feed   prompts          -> chunks of requests for a step
+    _draw   chunks           -> drawn groups                     (rollout workers)
+    _score  drawn groups     -> scored groups in the step's batch (reward actors and reference actors)
+    _train  complete batches -> new weights on every worker       (learner ranks)
+
+Every group belongs to one step from the moment its prompt is taken, and a batch is in the order of its prompts, not of
+arrival. A step's prompts are handed out only when the weights are at most `max_staleness` versions older than those the
+step will train; 0 is synchronous training. So what a synchronous step consumes depends on seed, step and weights alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError
+
+from rlpipe.config import Config
+from rlpipe.data.prompts import PromptCursor
+from rlpipe.learn.advantage import Credited, assign_credit
+from rlpipe.reward.scorer import combine
+from rlpipe.types import Prompt
+from roles.batch import Batch, Chunk, ScoredGroup, ScoresMissing, missing_scores
+from roles.group import ActorPool, RoleError
+from roles.trainer import Stopwatch, Trainer
+from roles.weight_sync import WeightSync
+from roles.work import DrawRecord, GroupRequest, Manifest, Sample, ScoreRecord, Share, split
+
+LOST_DRAWS = 3
+"""Times that a step's drawn groups may get lost (with their node) and be drawn again."""
+MOST_DRAWS = 8
+"""Groups drawn for one step, as a multiple of those it needs, before the scorers are given up."""
+
+
+class GrpoPipeline:
+    """Trains from `trainer.step` to `train.steps`.
+
+    pipeline = GrpoPipeline(config, prompts, trainer, rollout_pool, scorer_pools, reference_pool)
+    await pipeline.run(driver_state)            # what trainer.start() gave
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        trainer: Trainer,
+        rollout: ActorPool,
+        scorers: Sequence[ActorPool],
+        reference: ActorPool | None,
+    ) -> None:
+        self.config, self.trainer = config, trainer
+        self.rollout, self.scorers, self.reference = rollout, list(scorers), reference
+        self.cursor = PromptCursor(prompts, config.seed, config.data.shuffle)
+        self.sync = WeightSync(rollout, config.rollout.timeout_s)
+        self._batches: dict[int, Batch] = {}
+        self._work: asyncio.Queue[Chunk] = asyncio.Queue()
+        self._new_version = asyncio.Condition()
+        self._tasks: set[asyncio.Task] = set()
+        self._sending: asyncio.Future | None = None
+        self._pending: dict[int, list[int]] = {}
+        self._boundary: dict[str, Any] = {}
+
+    async def run(self, state: dict[str, Any] | None) -> None:
+        """Train to the end. Whatever interrupts it, the steps that were finished are in a checkpoint first."""
+        self._restore(state)
+        self._boundary = self._state()
+        try:
+            async with self.trainer.saving(lambda: self._boundary):
+                await self._send(await self.trainer.publish())
+                self._spawn(self._feed())
+                for _ in self.rollout.replicas:
+                    self._spawn(self._draw())
+                await self.trainer.unless_halted(asyncio.gather(*await self._train()))
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    def _state(self) -> dict[str, Any]:
+        """For a checkpoint: the place in the stream of prompts, and the prompts taken for steps not trained yet."""
+        taken = {step: sorted(batch.requests) for step, batch in self._batches.items() if batch.requests}
+        pending = {str(step): ordinals for step, ordinals in (self._pending | taken).items()}
+        return {"cursor": self.cursor.state(), "pending": pending}
+
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.cursor.restore(state["cursor"])
+            self._pending = {int(step): list(ordinals) for step, ordinals in state["pending"].items()}
+
+    def _spawn(self, loop: Coroutine) -> asyncio.Task:
+        task = asyncio.create_task(loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.trainer.fail(task.exception())
+
+    def _batch(self, step: int) -> Batch:
+        return self._batches.setdefault(step, Batch(step))
+
+    # the loops
+
+    async def _feed(self) -> None:
+        """Give every step its prompts.
+
+        consumes:     the stream of prompts; first those that the checkpoint names as taken.
+        waits for:    weights that are at most max_staleness versions older than the step's.
+        unblocked by: _send, when all workers hold a new version.
+        """
+        for step in range(self.trainer.step, self.config.train.steps):
+            async with self._new_version:
+                await self._new_version.wait_for(lambda s=step: self.sync.version >= s - self.config.max_staleness)
+            taken = self._pending.pop(step, [])
+            here = self.cursor.state()
+            prompts = []
+            for ordinal in taken:
+                self.cursor.restore({**here, "position": ordinal})
+                prompts += self.cursor.next(1)
+            self.cursor.restore(here)
+            prompts += self.cursor.next(self.config.train.prompts_per_step - len(prompts))
+            self._request(self._batch(step), prompts)
+
+    async def _draw(self) -> None:
+        """Draw one chunk after the other; there are as many of these loops as workers.
+
+        consumes:     chunks of requests, in the order of their steps.
+        waits for:    a free rollout worker.
+        unblocked by: _feed; _score, where groups were dropped or lost.
+        """
+        while True:
+            chunk = await self._work.get()
+            record, *groups = await self.rollout.call(
+                "generate",
+                list(chunk.requests),
+                timeout_s=self.config.rollout.timeout_s,
+                num_returns=1 + len(chunk.requests),
+                before=lambda replica: (self.sync.version_of(replica),),
+            )
+            chunk.batch.watch.add("draw", record.seconds / len(self.rollout.replicas))
+            self._spawn(self._score(chunk, record, groups))
+
+    async def _score(self, chunk: Chunk, drawn: DrawRecord, groups: list[ObjectRef]) -> None:
+        """Score a chunk by every scorer and the reference at once, and put its groups into the step's batch.
+
+        consumes:     drawn groups.
+        waits for:    a free replica of each scorer and of the reference.
+        unblocked by: _draw.
+        """
+        batch = chunk.batch
+        try:
+            references, *scored = await asyncio.gather(
+                self._ask_reference(batch, groups),
+                *(self._ask_scorer(i, batch, drawn, groups) for i in range(len(self.scorers))),
+            )
+        except ObjectLostError as error:
+            self._draw_again(batch, list(chunk.requests), error)
+            return
+        for number, record in enumerate(drawn.groups):
+            batch.images += sum(record.num_images)
+            sections = self.config.reward
+            scores = tuple(
+                tuple(combine(sections, image) for image in zip(*member, strict=True))
+                for member in zip(*(s.scores[number] for s in scored), strict=True)
+            )
+            if sum(not member[0].missing for member in scores) < 2:
+                # Nothing to compare: the group says nothing about which trajectory is better.
+                del batch.requests[record.ordinal]
+                batch.dropped += 1
+                continue
+            batch.groups[record.ordinal] = ScoredGroup(record, groups[number], scores, references[number])
+        self._settle(batch, len(drawn.groups))
+
+    async def _train(self) -> list[asyncio.Task]:
+        """Train on one batch after the other and bring the new weights to the workers.
+
+        consumes:     the batches, in the order of their steps.
+        waits for:    all groups of the step's batch; the acknowledgements of the version before the new one.
+        unblocked by: _score, when the last group of the step is scored; _send.
+
+        Returns the tasks that may still be under way: samples that are saved, the last weights that are sent.
+        """
+        train, trailing = self.config.train, []
+        while self.trainer.step < train.steps:
+            batch, watch = self._batch(self.trainer.step), Stopwatch()
+            with watch("wait"):
+                await self.trainer.unless_halted(batch.ready.wait())
+            result = await self._optimise(batch, watch)
+            if result is None:
+                continue
+            metrics, credited = result
+            del self._batches[batch.step]
+            # Before workers get new weights: in synchronous training no prompt is under way at this point.
+            self._boundary = self._state()
+            manifest = await self.trainer.publish()
+            if self._sending is not None:
+                await self._sending
+            self._sending = self._spawn(self._send(manifest))
+            if self.trainer.step % train.checkpoint_every == 0 or self.trainer.step == train.steps:
+                with watch("checkpoint"):
+                    await self.trainer.save(self._boundary)
+            if batch.step % self.config.observe.gallery_every == 0 or self.trainer.step == train.steps:
+                trailing.append(self._spawn(self._save_samples(batch, credited)))
+            self.trainer.log(metrics | self._metrics(batch, watch))
+        return [*trailing, self._sending] if self._sending else []
+
+    async def _send(self, manifest: Manifest) -> None:
+        """Bring new weights to the workers, while the learner goes on if it has something to go on with.
+
+        consumes:     a published version.
+        waits for:    every worker's acknowledgement, which comes after the work it has.
+        unblocked by: _train.
+        """
+        with self._batch(manifest.version).watch("sync"):
+            await self.sync.send(manifest)
+        async with self._new_version:
+            self._new_version.notify_all()
+
+    # parts of the loops
+
+    def _request(self, batch: Batch, prompts: list[tuple[int, Prompt]]) -> None:
+        """Make prompts the step's own and queue their groups."""
+        size, seed = self.config.train.group_size, self.config.seed
+        requests = [GroupRequest(ordinal, prompt, size, seed) for ordinal, prompt in prompts]
+        batch.requests |= {request.ordinal: request for request in requests}
+        batch.outstanding += len(requests)
+        batch.drawn += len(requests)
+        self._enqueue(batch, requests)
+
+    def _enqueue(self, batch: Batch, requests: list[GroupRequest]) -> None:
+        """Queue requests in chunks of one call each."""
+        per_call = self.config.rollout.groups_per_call
+        for start in range(0, len(requests), per_call):
+            self._work.put_nowait(Chunk(batch, tuple(requests[start : start + per_call])))
+
+    async def _ask_scorer(self, index: int, batch: Batch, drawn: DrawRecord, groups: list[ObjectRef]) -> ScoreRecord:
+        """Scores of one scorer; all of them missing, with the reason, where its actors are lost over and over."""
+        pool, section = self.scorers[index], self.config.reward[index]
+        try:
+            record = await pool.call("score", groups, timeout_s=section.timeout_s)
+        except RoleError as error:
+            record = missing_scores(drawn, str(error))
+        batch.watch.add("score", record.seconds / len(pool.replicas))
+        batch.count(section.name, record)
+        return record
+
+    async def _ask_reference(self, batch: Batch, groups: list[ObjectRef]) -> list[ObjectRef | None]:
+        """References to the reference policy's log-probs, one per group; None where no KL is asked."""
+        if self.reference is None:
+            return [None] * len(groups)
+        timeout, returns = self.config.reference.timeout_s, 1 + len(groups)
+        seconds, *logprobs = await self.reference.call("logprobs", groups, timeout_s=timeout, num_returns=returns)
+        batch.watch.add("reference", seconds / len(self.reference.replicas))
+        return logprobs
+
+    def _settle(self, batch: Batch, count: int) -> None:
+        """When nothing of a step is under way any more: it is complete, or lacks the groups that were dropped."""
+        batch.outstanding -= count
+        if batch.outstanding:
+            return
+        wanted = self.config.train.prompts_per_step
+        batch.check_scores(self.config.reward, self.config.credit.max_failed_share)
+        if len(batch.groups) >= wanted:
+            batch.ready.set()
+        elif batch.drawn >= MOST_DRAWS * wanted:
+            raise ScoresMissing(
+                f"step {batch.step + 1}: {batch.dropped} of {batch.drawn} groups had fewer than two scores; "
+                f"last reasons: {batch.reasons}"
+            )
+        else:
+            self._request(batch, self.cursor.next(wanted - len(batch.groups)))
+
+    def _draw_again(self, batch: Batch, requests: list[GroupRequest], error: Exception) -> None:
+        """Drawn groups are gone with the node that held them: the same requests once more, with the same seeds."""
+        batch.lost += 1
+        if batch.lost > LOST_DRAWS:
+            raise RoleError(f"step {batch.step + 1}: drawn groups lost {batch.lost} times; last: {error}") from error
+        batch.ready.clear()
+        self._enqueue(batch, requests)
+
+    async def _optimise(self, batch: Batch, watch: Stopwatch) -> tuple[dict[str, float], Credited] | None:
+        """One optimiser step on a complete batch; None if some of it got lost and is drawn again."""
+        groups = batch.in_order()
+        staleness = [batch.step - group.record.policy_version for group in groups]
+        if max(staleness) > self.config.max_staleness:
+            raise RuntimeError(f"step {batch.step + 1}: staleness {max(staleness)} > {self.config.max_staleness}")
+        members = [(group, member) for group in groups for member in range(len(group.scores))]
+        credited = assign_credit(
+            [group.record.outlines[member] for group, member in members],
+            [[score.value for score in group.scores[member]] for group, member in members],
+            [group.record.ordinal for group, _ in members],
+            self.config.credit,
+            [()] * len(members) if self.reference is not None else None,
+        )
+        shares = [self._share(groups, credited, part) for part in split(len(members), self.config.learner.ranks)]
+        try:
+            with watch("assemble"):
+                await self.trainer.assemble(shares)
+        except ObjectLostError as error:
+            batch.outstanding, batch.groups = len(batch.requests), {}
+            self._draw_again(batch, list(batch.requests.values()), error)
+            return None
+        metrics = await self.trainer.train(credited.batch.denominator, fresh=max(staleness) == 0)
+        metrics |= credited.metrics | {
+            "train/staleness": sum(staleness) / len(staleness),
+            "train/staleness_max": float(max(staleness)),
+        }
+        return metrics, credited
+
+    async def _save_samples(self, batch: Batch, credited: Credited) -> None:
+        """Have a worker write some of a step's trajectories to the run folder: it has their pixels and words."""
+        size = self.config.train.group_size
+        samples = []
+        for number in range(min(self.config.observe.gallery_size, len(credited.batch))):
+            # One of each group before a second of any.
+            index, member = number % len(batch.groups), number // len(batch.groups) % size
+            group, place = batch.in_order()[index], index * size + member
+            advantages = tuple(credit.advantage for credit in credited.batch.items[place].credits)
+            reward = float(credited.rewards["reflection"][place])
+            samples.append(Sample(group.rollouts, member, group.scores[member], reward, advantages))
+        try:
+            where = (self.config.run.dir, batch.step + 1)
+            await self.rollout.call("save_samples", *where, samples, timeout_s=self.config.rollout.timeout_s)
+        except ObjectLostError as error:
+            self.trainer.say(f"step {batch.step + 1}: no samples saved, the rollouts are gone: {error}")
+
+    def _share(self, groups: list[ScoredGroup], credited: Credited, part: range) -> list[Share]:
+        """The groups that have items in a rank's part, with the credits of those items alone."""
+        shares, index = [], 0
+        for group in groups:
+            indices = range(index, index + len(group.scores))
+            index = indices.stop
+            credits = tuple(credited.batch.items[i].credits if i in part else None for i in indices)
+            if any(credit is not None for credit in credits):
+                shares.append(Share(group.rollouts, credits, group.ref_logprobs))
+        return shares
+
+    def _metrics(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
+        """What the driver knows of a step besides the learner's and the credit's numbers."""
+        metrics = batch.metrics(self.config.reward)
+        for pool in (self.rollout, *self.scorers, self.reference, self.trainer.ranks):
+            if pool is not None:
+                metrics |= {f"idle/{pool.role}": pool.idle_share(), **pool.counts()}
+        return metrics | watch.metrics()

@@ -1,0 +1,76 @@
+"""The reference actor: log-probs of drawn trajectories under the policy that the KL term holds on to."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import ray
+import torch
+from ray import ObjectRef
+
+from rlpipe.config import Config
+from rlpipe.learn.advantage import reference_items
+from rlpipe.learn.replay import ReplayOptions, lay_out, token_logprobs
+from rlpipe.paths import resolve_path
+from rlpipe.policy.janus import JanusPolicy
+from rlpipe.types import Rollout, TrainItem
+from roles.rollout import actor_device
+
+
+class ReferenceActor:
+    """A frozen policy: reference.path, or policy.path as it was at the start of the run.
+
+    actor = ray.remote(ReferenceActor).remote(config)
+    seconds, logprobs = actor.logprobs.options(num_returns=2).remote([group_ref])
+    """
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(config.reference.threads)
+        self.config = config
+        self.policy = JanusPolicy.load(
+            resolve_path(config.reference.path or config.policy.path),
+            getattr(torch, config.policy.dtype),
+            actor_device(config.reference.num_gpus),
+        ).requires_grad_(False)
+        self.options = ReplayOptions.from_config(config.loss)
+
+    def ready(self) -> str:
+        return "reference"
+
+    def logprobs(self, groups: list[ObjectRef]) -> tuple:
+        """Seconds, then per group (call with num_returns) one tuple per member of float32 [T] arrays per segment.
+
+        A token that the learner does not score either (an end-of-sentence out of the loss) has NaN.
+        """
+        started = time.monotonic()
+        fetched: list[tuple[Rollout, ...]] = ray.get(groups, timeout=self.config.reference.timeout_s)
+        items = [item for group in fetched for item in reference_items(group)]
+        arrays = iter(self._replayed(items))
+        nested = [tuple(next(arrays) for _ in group) for group in fetched]
+        return time.monotonic() - started, *nested
+
+    @torch.inference_mode()
+    def _replayed(self, items: list[TrainItem]) -> list[tuple[np.ndarray, ...]]:
+        # Trajectories of similar length together, as the learner has them: less padding.
+        order = sorted(range(len(items)), key=lambda i: -len(items[i].trajectory.segments))
+        size = self.config.learner.micro_batch
+        results: dict[int, tuple[np.ndarray, ...]] = {}
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
+            chunk = [items[i] for i in indices]
+            results.update(zip(indices, self._chunk(chunk), strict=True))
+        return [results[i] for i in range(len(items))]
+
+    def _chunk(self, items: list[TrainItem]) -> list[tuple[np.ndarray, ...]]:
+        replay = lay_out(items, self.policy.templates, self.options)
+        values = token_logprobs(self.policy, replay).logprobs.cpu().numpy()
+        lengths = [[len(segment) for segment in item.trajectory.segments] for item in items]
+        ends = np.cumsum([length for row in lengths for length in row])
+        flat = np.full(ends[-1], np.nan, np.float32)
+        first = np.cumsum([0, *map(len, lengths)])  # of each item, its first segment's number among all segments
+        starts = np.concatenate([[0], ends])
+        number = first[replay.item.numpy()] + replay.segment.numpy()
+        flat[starts[number] + replay.offset.numpy()] = values
+        segments = np.split(flat, ends[:-1])
+        return [tuple(segments[i] for i in range(*pair)) for pair in zip(first, first[1:], strict=False)]

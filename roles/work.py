@@ -1,0 +1,162 @@
+"""What the driver and the actors send each other: small records; pixels go by reference."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ray import ObjectRef
+
+from rlpipe.config import RolloutSection
+from rlpipe.types import Prompt, Rollout, Sampling, Score, Segment, SegmentCredit
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """Draw `size` trajectories of one prompt; `ordinal` is the prompt's place in the endless stream of prompts."""
+
+    ordinal: int
+    prompt: Prompt
+    size: int
+    seed: int
+
+    def ids(self) -> list[str]:
+        return [f"{self.ordinal}-{member}" for member in range(self.size)]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """What the driver knows of a drawn group.
+
+    outlines:   per member its trajectory without tokens: prompt, kinds of segments, verdicts.
+    num_images: per member the images that were drawn and are to be scored.
+    """
+
+    ordinal: int
+    policy_version: int
+    outlines: tuple[Rollout, ...]
+    num_images: tuple[int, ...]
+    num_text_tokens: tuple[int, ...]
+    truncated: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRecord:
+    """What one call of a rollout worker did."""
+
+    worker: int
+    seconds: float
+    groups: tuple[GroupRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRecord:
+    """Scores by group, member and image, in the order of the request."""
+
+    seconds: float
+    scores: tuple[tuple[tuple[Score, ...], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExamplesRecord:
+    """What a supervised batch holds: `count` examples of one sub-task."""
+
+    seconds: float
+    task: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A rank's part of a group: `credits[i]` are those of member i's segments, None where another rank trains it.
+
+    rollouts:     reference to a tuple of Rollout.
+    ref_logprobs: reference to one tuple of float32 [T] arrays per member, or None without a KL term.
+    """
+
+    rollouts: ObjectRef
+    credits: tuple[tuple[SegmentCredit, ...] | None, ...]
+    ref_logprobs: ObjectRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A trajectory to be shown: member of a group, its images' scores, its reflection's reward, all advantages."""
+
+    rollouts: ObjectRef
+    member: int
+    scores: tuple[Score, ...]
+    reflection_reward: float
+    advantages: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor lies: `nbytes` bytes from `offset` in bucket number `bucket`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bucket: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A published version of the weights; `buckets` are references to uint8 arrays in the object store."""
+
+    version: int
+    checksum: int
+    slots: tuple[Slot, ...]
+    buckets: tuple[ObjectRef, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A worker's word for what its model holds now."""
+
+    version: int
+    checksum: int
+
+
+def trajectory_seed(seed: int, ordinal: int, member: int) -> int:
+    """A trajectory's seed, non-negative int63: the same whenever and wherever its group is drawn (again)."""
+    digest = hashlib.blake2b(f"{seed}/{ordinal}/{member}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def sampling_of(section: RolloutSection, seed: int, guidance: float | None = None) -> Sampling:
+    """The configured way to draw, with a seed, and another guidance scale if given."""
+    return Sampling(
+        seed=seed,
+        guidance=section.guidance if guidance is None else guidance,
+        image_temperature=section.image_temperature,
+        image_top_k=section.image_top_k,
+        image_top_p=section.image_top_p,
+        text_temperature=section.text_temperature,
+        text_top_k=section.text_top_k,
+        text_top_p=section.text_top_p,
+        max_reflection_tokens=section.max_reflection_tokens,
+        max_images=section.max_images,
+        redraw=section.redraw,
+        redraw_context=section.redraw_context,
+    )
+
+
+def outline(rollout: Rollout) -> Rollout:
+    """A rollout without tokens and pixels: all that credit needs to know, and small enough for the driver."""
+    none = np.zeros(0, np.int64)
+    segments = tuple(Segment(segment.kind, none) for segment in rollout.trajectory.segments)
+    return Rollout(replace(rollout.trajectory, segments=segments), ())
+
+
+def split(count: int, ranks: int) -> list[range]:
+    """Items 0 .. count - 1 as one contiguous range per rank, sizes equal to within one."""
+    cuts = [rank * count // ranks for rank in range(ranks + 1)]
+    return [range(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]

@@ -1,0 +1,186 @@
+"""Each role alone, in this process: the actors are plain classes that Ray wraps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from rlpipe.config import ScorerSection
+from rlpipe.observe.gallery import read_rollouts
+from rlpipe.policy.janus import JanusPolicy
+from rlpipe.types import Prompt, Rollout, Score, SegmentCredit
+from rlpipe.world.models import build_judge
+from roles.learner import LearnerActor
+from roles.reference import ReferenceActor
+from roles.reward import RewardActor
+from roles.rollout import RolloutWorker
+from roles.weight_sync import publish
+from roles.work import GroupRequest, Sample, Share, split, trajectory_seed
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture
+def config(config_for, prompts_file, tmp_path):
+    return config_for(tmp_path / "run", prompts_file)
+
+
+def requests(*texts: str, size: int = 3) -> list[GroupRequest]:
+    return [GroupRequest(10 + i, Prompt(str(i), text), size, seed=1) for i, text in enumerate(texts)]
+
+
+def worker_with_weights(config) -> RolloutWorker:
+    worker = RolloutWorker(config)
+    worker.load_weights(publish(dict(worker.policy.janus.named_parameters()), 0))
+    return worker
+
+
+def draw(config, *texts: str) -> tuple:
+    return worker_with_weights(config).generate(0, requests(*texts))
+
+
+def test_a_group_does_not_depend_on_the_groups_it_is_drawn_with(config) -> None:
+    worker = worker_with_weights(config)
+    both = requests("a photo of two red circles", "a photo of three blue circles and a square")
+    _, first, second = worker.generate(0, both)
+    _, alone = worker.generate(0, both[1:])
+    for a, b in zip(second, alone, strict=True):
+        assert a.trajectory.id == b.trajectory.id
+        for x, y in zip(a.trajectory.segments, b.trajectory.segments, strict=True):
+            assert np.array_equal(x.token_ids, y.token_ids)
+    assert not np.array_equal(first[0].images[0], second[0].images[0])
+
+
+def test_the_record_of_a_drawn_group_has_its_shape_and_no_tokens(config) -> None:
+    record, group = draw(config, "a photo of two red circles")
+    about = record.groups[0]
+    assert about.ordinal == 10 and about.policy_version == 0
+    assert about.num_images == tuple(len(rollout.images) for rollout in group)
+    for outline, rollout in zip(about.outlines, group, strict=True):
+        assert outline.trajectory.verdicts == rollout.trajectory.verdicts
+        assert [s.kind for s in outline.trajectory.segments] == [s.kind for s in rollout.trajectory.segments]
+        assert not outline.images and sum(map(len, outline.trajectory.segments)) == 0
+
+
+def test_seeds_of_trajectories_differ_by_run_prompt_and_member_and_stay_the_same() -> None:
+    seeds = {trajectory_seed(s, o, m) for s in range(3) for o in range(5) for m in range(8)}
+    assert len(seeds) == 120 and all(0 <= seed < 2**63 for seed in seeds)
+    assert trajectory_seed(1, 2, 3) == trajectory_seed(1, 2, 3) != trajectory_seed(2, 1, 3)
+
+
+def test_the_split_over_ranks_covers_every_item_once_and_evenly() -> None:
+    for count in range(9):
+        for ranks in range(1, 5):
+            parts = split(count, ranks)
+            assert [i for part in parts for i in part] == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def flat(record) -> list[Score]:
+    return [score for group in record.scores for member in group for score in member]
+
+
+def test_a_reward_actor_answers_for_every_image_by_group_and_member(config) -> None:
+    _, group = draw(config, "a photo of two red circles")
+    record = RewardActor(config.reward[0]).score([ray.put(group)])
+    assert [len(member) for member in record.scores[0]] == [len(rollout.images) for rollout in group]
+    for rollout, member in zip(group, record.scores[0], strict=True):
+        expected = [image[..., 0].mean() / 255 for image in rollout.images]
+        assert [score.value for score in member] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "prompt", "reason"),
+    [
+        ("Raises", "a photo of two red circles", "the service is down"),
+        ("Red", "an unscorable photo", "no red in this world"),
+        ("Red", "a photo of a nan", "nan, not a finite number"),
+    ],
+)
+def test_what_a_scorer_fails_to_give_is_missing_with_the_reason(config, scorer, prompt, reason) -> None:
+    _, group = draw(config, prompt)
+    section = ScorerSection(scorer=f"role_scorers:{scorer}", path=None, retries=1)
+    scores = flat(RewardActor(section).score([ray.put(group)]))
+    assert all(score.missing and reason in score.error for score in scores)
+
+
+def test_the_tiny_judge_scores_drawn_images_as_probabilities(config, tmp_path: Path) -> None:
+    model, tokenizer = build_judge(0, hidden=32, layers=1, intermediate=64, vision_layers=1)
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    _, group = draw(config, "a photo of two red circles")
+    section = ScorerSection(scorer="internvl", path=str(tmp_path / "judge"), threads=1)
+    values = [score.value for score in flat(RewardActor(section).score([ray.put(group)]))]
+    assert len(values) == sum(len(rollout.images) for rollout in group)
+    assert all(0 < value < 1 for value in values)
+
+
+def test_the_reference_at_the_policys_own_weights_repeats_the_samplers_logprobs(config) -> None:
+    _, *groups = draw(config, "a photo of two red circles", "a photo of a blue square")
+    _, *logprobs = ReferenceActor(config).logprobs([ray.put(group) for group in groups])
+    for group, members in zip(groups, logprobs, strict=True):
+        for rollout, arrays in zip(group, members, strict=True):
+            for segment, array in zip(rollout.trajectory.segments, arrays, strict=True):
+                assert array == pytest.approx(segment.logprobs, abs=1e-4)
+
+
+def shares_of(group: tuple[Rollout, ...]) -> list[Share]:
+    """Advantages that differ by member, the last member left to another rank."""
+    credits = [
+        tuple(SegmentCredit(advantage=float(number - 1)) for _ in rollout.trajectory.segments)
+        for number, rollout in enumerate(group[:-1])
+    ]
+    return [Share(ray.put(group), (*credits, None))]
+
+
+def test_a_learner_assembles_its_share_steps_publishes_and_resumes(config, tmp_path: Path) -> None:
+    _, group = draw(config, "a photo of two red circles")
+    learner = LearnerActor(config)
+    learner.start("")
+    learner.assemble(shares_of(group))
+    assert [item.trajectory.id for item in learner.items] == ["10-0", "10-1"]
+    before = learner.publish(0).checksum
+    metrics = learner.step(6.0, 0, 4, True)
+    assert metrics["mismatch/max_abs"] < 1e-4 and math.isfinite(metrics["loss/total"])
+    after = learner.publish(1).checksum
+    assert after != before == learner.publish_initial(0).checksum
+    with pytest.raises(RuntimeError, match="asked for step 2, the learner is at 1"):
+        learner.save(str(tmp_path / "checkpoints"), 2, {})
+    learner.save(str(tmp_path / "checkpoints"), 1, {"cursor": 7})
+    other = LearnerActor(config)
+    other.start("")
+    assert other.load(str(tmp_path / "checkpoints" / "step_000001")) == {"cursor": 7}
+    assert other.publish(1).checksum == after
+    other.export(str(tmp_path / "policy"))
+    exported = publish(
+        {
+            n: p
+            for n, p in JanusPolicy.load(tmp_path / "policy").janus.named_parameters()
+            if n in learner.learner.parameters
+        },
+        1,
+    )
+    assert exported.checksum == after
+
+
+def test_saved_samples_show_what_was_drawn_without_what_a_rule_added(config) -> None:
+    config.credit.rule = "v2"
+    worker = worker_with_weights(config)
+    _, group = worker.generate(0, requests("a photo of two red circles", size=8))
+    assert any(len(r.trajectory.segments) == 3 and len(r.images) == 1 for r in group)
+    ref = ray.put(group)
+    samples = [
+        Sample(ref, i, tuple(Score(str(k), 0.5) for k in range(len(r.images))), float("nan"), (0.1, 0.2, 0.3))
+        for i, r in enumerate(group)
+    ]
+    worker.save_samples(config.run.dir, 3, samples)
+    (step,) = read_rollouts(config.run.dir)
+    assert step.step == 3
+    for row, rollout in zip(step.rows, group, strict=True):
+        kinds = [segment["kind"] for segment in row["segments"]]
+        assert kinds.count("image") == len(rollout.images)
+        assert row["segments"][1]["score"] is None

@@ -1,0 +1,250 @@
+"""The driver: synchronous and asynchronous training, resume, dead actors, failing scorers.
+
+The actors of all runs are the same, kept by the fixture `office`; every run starts the learner afresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlpipe.config import Config
+from rlpipe.data.prompts import load_prompts
+from rlpipe.observe.gallery import read_rollouts
+from rlpipe.observe.tracker import read_metrics
+from roles.batch import ScoresMissing
+from roles.group import ActorPool
+from roles.pipeline import GrpoPipeline
+from roles.placement import grpo_demands
+from roles.pools import reference_pool, rollout_pool, scorer_pools
+from roles.trainer import Stopped, Trainer
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+TIMED = ("time/", "idle/", "rollout/images_per_s")
+LIMIT_S = 1800
+COUNTED = ("restarts", "retries")
+
+
+class Office:
+    """Pools that outlive a run, and the event loop that they belong to."""
+
+    def __init__(self, config: Config) -> None:
+        self.runner = asyncio.Runner()
+        self.base = config
+        demands = grpo_demands(config)
+        self.rollout, self.scorers = rollout_pool(config, demands), scorer_pools(config, demands)
+        self.reference, self.ranks = (
+            reference_pool(config, demands),
+            Trainer(config, demands["learner"]).ranks,
+        )
+        self.trained: list[list[tuple[int, int]]] = []
+
+    def pools(self) -> list[ActorPool]:
+        return [self.rollout, *self.scorers, self.reference, self.ranks]
+
+    def config(self, run_dir: Path, **changes) -> Config:
+        config = copy.deepcopy(self.base)
+        config.run.dir = str(run_dir)
+        for key, value in changes.items():
+            section, _, name = key.rpartition("__")
+            setattr(getattr(config, section) if section else config, name, value)
+        return config
+
+    def train(self, config: Config, on_step=lambda step, office, trainer: None) -> list[dict[str, float]]:
+        """Run to the end; `on_step` is called when a step's batch has been trained. Returns the metrics."""
+        return self.runner.run(asyncio.wait_for(self._train(config, on_step), LIMIT_S))
+
+    async def _train(self, config: Config, on_step) -> list[dict[str, float]]:
+        await asyncio.gather(*(pool.start() for pool in self.pools()))
+        trainer = Trainer(config, grpo_demands(config)["learner"])
+        trainer.ranks = self.ranks
+        with trainer.signals():
+            state = await trainer.start()
+            pipeline = GrpoPipeline(
+                config, load_prompts(config.data.prompts), trainer, self.rollout, self.scorers, self.reference
+            )
+            self.trained = []
+            optimise = pipeline._optimise
+
+            async def watched(batch, watch):
+                self.trained.append([(o, g.record.policy_version) for o, g in sorted(batch.groups.items())])
+                result = await optimise(batch, watch)
+                on_step(trainer.step, self, trainer)
+                return result
+
+            pipeline._optimise = watched
+            await pipeline.run(state)
+        return metrics_of(config.run.dir)
+
+    def ordinals(self) -> list[int]:
+        return [ordinal for step in self.trained for ordinal, _ in step]
+
+
+def metrics_of(run_dir: str | Path) -> list[dict[str, float]]:
+    """The rows without what depends on the clock or on luck."""
+    rows = read_metrics(run_dir).rows
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED) and not k.endswith(COUNTED)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def office(cluster, config_for, prompts_file, tmp_path_factory) -> Iterator[Office]:
+    office = Office(config_for(tmp_path_factory.mktemp("office"), prompts_file))
+    yield office
+    for pool in office.pools():
+        pool.close()
+    office.runner.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(office, tmp_path_factory) -> list[dict[str, float]]:
+    """Four synchronous steps in which nothing happens."""
+    metrics = office.train(office.config(tmp_path_factory.mktemp("undisturbed")))
+    assert office.ordinals() == list(range(8))
+    return metrics
+
+
+def test_a_synchronous_step_trains_on_what_its_own_version_drew(undisturbed) -> None:
+    assert [row["train/step"] for row in undisturbed] == [1, 2, 3, 4]
+    for number, row in enumerate(undisturbed, start=1):
+        assert row["train/staleness_max"] == 0 and row["train/policy_version"] == number
+        assert row["mismatch/max_abs"] < 1e-4
+        assert row["failures/scores"] == row["failures/groups"] == 0
+    assert undisturbed[0]["kl/image"] == 0 < undisturbed[3]["kl/image"]
+    assert len({row["loss/total"] for row in undisturbed}) == 4
+
+
+def test_a_run_that_ended_after_its_checkpoint_goes_on_bit_for_bit(office, undisturbed, tmp_path) -> None:
+    config = office.config(tmp_path)
+
+    class PowerCut(BaseException):
+        """Nothing is saved on the way out, as after kill -9."""
+
+    def cut(step: int, office: Office, trainer: Trainer) -> None:
+        if step == 4:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        office.train(config, cut)
+    assert office.ordinals() == list(range(8))
+    assert office.train(config) == undisturbed
+    assert office.ordinals() == [4, 5, 6, 7]
+
+
+def test_roles_killed_in_mid_run_change_nothing(office, undisturbed, tmp_path) -> None:
+    victims = {1: office.rollout, 2: office.scorers[0], 3: office.reference}
+    pids = {}
+
+    def kill(step: int, office: Office, trainer: Trainer) -> None:
+        async def now(pool: ActorPool) -> None:
+            # The workers draw for the next step by now, or will in a moment.
+            pids[pool.role] = await pool.replicas[0].handle.__ray_call__.remote(lambda actor: os.getpid())
+            os.kill(pids[pool.role], signal.SIGKILL)
+
+        if step in victims:
+            tasks.append(asyncio.ensure_future(now(victims[step])))
+
+    tasks: list[asyncio.Future] = []
+    restarts = {pool.role: pool.restarts for pool in victims.values()}
+    assert office.train(office.config(tmp_path), kill) == undisturbed
+    assert {pool.role: pool.restarts - restarts[pool.role] for pool in victims.values()} == dict.fromkeys(pids, 1)
+    assert office.ordinals() == list(range(8)), "every prompt is trained on once"
+
+
+def test_an_asynchronous_run_overlaps_steps_and_never_exceeds_its_staleness(office, tmp_path) -> None:
+    metrics = office.train(office.config(tmp_path, max_staleness=1, train__steps=5))
+    staleness = [step - version for step, batch in enumerate(office.trained) for _, version in batch]
+    assert max(staleness) == 1
+    assert office.ordinals() == list(range(10))
+    assert [row["train/policy_version"] for row in metrics] == [1, 2, 3, 4, 5]
+    assert all("mismatch/max_abs" not in row for row in metrics if row["train/staleness_max"] > 0)
+
+
+def test_prompts_in_flight_at_an_asynchronous_checkpoint_are_drawn_again_once(office, tmp_path) -> None:
+    config = office.config(tmp_path, max_staleness=1)
+
+    def stop(step: int, office: Office, trainer: Trainer) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        office.train(config, stop)
+    before = office.ordinals()
+    office.train(config)
+    assert sorted(before + office.ordinals()) == list(range(8))
+
+
+def test_a_stop_saves_the_finished_steps_and_the_run_goes_on_as_if_nothing_was(office, undisturbed, tmp_path) -> None:
+    config = office.config(tmp_path)
+
+    def stop(step: int, office: Office, trainer: Trainer) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped, match="SIGINT"):
+        office.train(config, stop)
+    assert len(metrics_of(tmp_path)) == 1 and (tmp_path / "checkpoints" / "step_000001").is_dir()
+    assert office.train(config) == undisturbed
+
+
+def with_prompts(path: Path, *texts: str) -> str:
+    path.write_text("\n".join(texts) + "\n")
+    return str(path)
+
+
+def test_a_group_without_scores_is_dropped_counted_and_replaced_by_the_next_prompt(office, tmp_path) -> None:
+    prompts = with_prompts(tmp_path / "p.txt", "one circle", "an unscorable circle", "two squares", "a nan", "a star")
+    changes = {
+        "data__prompts": prompts,
+        "data__shuffle": False,
+        "credit__max_failed_share": 0.7,
+        "train__steps": 2,
+    }
+    metrics = office.train(office.config(tmp_path / "run", **changes))
+    assert [[ordinal for ordinal, _ in step] for step in office.trained] == [[0, 2], [4, 5]]
+    assert [row["failures/groups"] for row in metrics] == [1, 1]
+    assert all(row["failures/scores"] >= 3 for row in metrics)
+
+
+def test_too_many_missing_scores_stop_the_run_with_a_checkpoint_and_name_the_scorer(office, tmp_path) -> None:
+    prompts = with_prompts(tmp_path / "p.txt", "one circle", "a square", "unscorable 1", "unscorable 2")
+    config = office.config(tmp_path / "run", data__prompts=prompts, data__shuffle=False)
+    with pytest.raises(ScoresMissing, match=r"reward/judge: \d+ of \d+ scores of step 2 .*no red in this world"):
+        office.train(config)
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+
+
+def test_two_learner_ranks_train_as_one(office, undisturbed, tmp_path) -> None:
+    config = office.config(tmp_path, learner__ranks=2, train__checkpoint_every=10)
+    alone, office.ranks = office.ranks, Trainer(config, grpo_demands(config)["learner"]).ranks
+
+    def stop(step: int, office: Office, trainer: Trainer) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        with pytest.raises(Stopped):
+            office.train(config, stop)
+    finally:
+        office.ranks.close()
+        office.ranks = alone
+    for ours, theirs in zip(metrics_of(tmp_path), undisturbed, strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    # One rank goes on from what two wrote.
+    rest = office.train(office.config(tmp_path))
+    assert rest[3] == pytest.approx(undisturbed[3], rel=1e-3, abs=1e-4)
+
+
+def test_samples_of_a_step_are_written_for_the_report(office, tmp_path) -> None:
+    changes = {"train__steps": 1, "observe__gallery_size": 4}
+    office.train(office.config(tmp_path, **changes))
+    (step,) = read_rollouts(tmp_path)
+    assert step.step == 1
+    assert [row["id"] for row in step.rows] == ["0-0", "1-0", "0-1", "1-1"]
+    assert all((step.folder / row["segments"][0]["file"]).is_file() for row in step.rows)
