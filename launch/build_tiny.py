@@ -129,9 +129,9 @@ class Build:
         trainer = JudgeTrainer(*load_judge(self.work / "judge"), groups)
         for steps in (1600, 1200):
             trainer.train("judge drawn", steps=steps, lr=1e-3)
-        trainer.save(self.assets / "judge")
         held_out = drawn_pool(JanusPolicy.load(self.work / "base"), 1_200, seed=19, split="test")
         trainer.test("judge drawn", held_out, own_pairs(held_out), 0.92, 0.90)
+        trainer.save(self.assets / "judge")
 
     def sft(self) -> None:
         """The three skills together, on renders and on the policy's own images."""
@@ -148,13 +148,13 @@ class Build:
             policy = train("verdict", source, self._examples(), mix, steps=steps, lr=8e-4, trainable=LANGUAGE)
             source = self.work / f"verdict_{number}"
             policy.save(source, dtype=torch.bfloat16)
-        policy.save(self.assets / "policy", dtype=torch.bfloat16)
-        self._accuracy("verdict", self.assets / "policy", "with", 0.55)
-        decoder = Decoder(JanusPolicy.load(self.assets / "policy"))
+        self._accuracy("verdict", source, "with", 0.55)
+        decoder = Decoder(JanusPolicy.load(source))
         prompts = load_prompts(self.assets / "prompts_test.jsonl")
         cases = near_miss_verdicts(decoder, near_miss_cases(decoder, prompts, seed=21))
         value = balanced_accuracy([c.said_yes for c in cases], [c.truth for c in cases])
         require("verdict", "verdict on near misses, balanced", value or 0.0, 0.85)
+        decoder.policy.save(self.assets / "policy", dtype=torch.bfloat16)
 
     def _examples(self) -> WorldExamples:
         rendered, drawn = Pool.load(self.work / "rendered.npz"), Pool.load(self.work / "drawn.npz")
@@ -184,7 +184,7 @@ def main() -> None:
     arguments.assets.mkdir(parents=True, exist_ok=True)
     write_prompts(arguments.assets / "prompts_train.jsonl", "train", TRAINING_PROMPTS, seed=1)
     write_prompts(arguments.assets / "prompts_test.jsonl", "test", 100, seed=2)
-    build = Build(arguments.work, arguments.assets)
+    build = Build(arguments.work.resolve(), arguments.assets.resolve())
     for stage in arguments.stages:
         done = arguments.work / f"{stage}.done"
         if done.exists():

@@ -172,9 +172,7 @@ def _merge(base: dict[str, Any], new: Mapping[Any, Any], where: tuple, problems:
             _merge(base[key], value, name, problems)
         elif value is not None:  # A section whose lines are all commented out reads as null.
             first = next(iter(base[key]))
-            problems.append(
-                f"{_dotted(name)}: {value!r} is no section; give keys such as {_dotted(name)}.{first}"
-            )
+            problems.append(f"{_dotted(name)}: {value!r} is no section; give keys such as {_dotted(name)}.{first}")
 
 
 def _overlaid(base: Any, new: Any) -> Any:

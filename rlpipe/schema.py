@@ -76,9 +76,7 @@ class ScorerSection:
     path: str | None = "rlpipe/world/assets/judge"
     """Checkpoint folder handed to the scorer, where it needs one."""
     weight: float = 1.0
-    question: str = (
-        'Does this image match the description "{prompt}"? Please directly respond with yes or no.'
-    )
+    question: str = 'Does this image match the description "{prompt}"? Please directly respond with yes or no.'
     replicas: int = 1
     num_cpus: float = 0.5
     num_gpus: float = 0.0

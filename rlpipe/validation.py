@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rlpipe.data.prompts import PromptError, load_prompts
 from rlpipe.paths import resolve_path
@@ -99,6 +101,15 @@ SHARES = {
     "sft.prompt_dropout",
 }
 """Between 0 and 1, both included; a top-p of 0 is refused further down."""
+ROLLOUT_DEFINES = (
+    "guidance",
+    "image_temperature",
+    "text_temperature",
+    "max_reflection_tokens",
+    "max_images",
+    "redraw",
+    "redraw_context",
+)
 PARTS = (
     "language_model",
     "aligner",
@@ -106,8 +117,6 @@ PARTS = (
     "generation_aligner",
     "generation_head",
     "lm_head",
-    "vision_model",
-    "vqmodel",
 )
 
 
@@ -167,6 +176,16 @@ def _sampling_problems(config: Config) -> Iterator[str]:
             f"{rollout.guidance:g}, so samples of max_staleness {config.max_staleness} cannot be corrected; "
             "set loss.logits=guided, max_staleness=0 or rollout.guidance=1"
         )
+    if loss.verdict == "full" and config.max_staleness > 0:
+        yield (
+            f"loss.verdict: 'full' is not the distribution that was sampled, so samples of max_staleness "
+            f"{config.max_staleness} cannot be corrected; set loss.verdict=restricted or max_staleness=0"
+        )
+    if config.credit.rule == "v2" and rollout.redraw_context == "reencoded":
+        yield "rollout.redraw_context: 'reencoded' gives credit.rule v2 no context after a Yes; set it to sampled"
+    for key, top_k in (("image", rollout.image_top_k), ("text", rollout.text_top_k)):
+        if top_k == 1:
+            yield f"rollout.{key}_top_k: 1 always takes the likeliest token, which teaches nothing; give 0 or above 1"
     for scale in config.evaluate.guidance_sweep:
         if not (math.isfinite(scale) and scale > 0):
             yield f"evaluate.guidance_sweep: {scale} is no guidance scale; give numbers above 0"
@@ -205,6 +224,12 @@ def _reward_problems(config: Config, job: str) -> Iterator[str]:
     names = [scorer.name for scorer in config.reward]
     if job == "grpo" and not any(scorer.weight > 0 for scorer in config.reward):
         yield f"reward: {len(names)} scorers with no weight above 0; give one, e.g. reward.0.weight=1"
+    total = sum(scorer.weight for scorer in config.reward)
+    if job == "grpo" and config.credit.reflection_weight > 0 and 0 < total and abs(total - 1) > 1e-6:
+        yield (
+            f"reward: the weights sum to {total:g}; the reflection is paid for calling the score, so 1 must mean "
+            "Yes: give weights that sum to 1, or set credit.reflection_weight=0"
+        )
     for i, scorer in enumerate(config.reward):
         key = f"reward.{i}"
         if not scorer.name or "/" in scorer.name or names.index(scorer.name) != i:
@@ -216,9 +241,38 @@ def _reward_problems(config: Config, job: str) -> Iterator[str]:
             yield f"{key}.question: {scorer.question!r} does not ask about the prompt; put {{prompt}} in it"
 
 
+def _resume_problems(config: Config) -> Iterator[str]:
+    """Settings that make another run of the one that `resume: auto` would go on with."""
+    folder = Path(config.run.dir)
+    stored = folder / "config.yaml"
+    if config.resume != "auto" or not stored.is_file() or not (folder / "checkpoints").is_dir():
+        return
+    before, after = _defining(yaml.safe_load(stored.read_text())), _defining(asdict(config))
+    changed = [f"{key} ({before.get(key)!r} -> {after[key]!r})" for key in after if before.get(key) != after[key]]
+    if changed:
+        yield (
+            f"run.dir: {config.run.dir} holds a run with other settings: {', '.join(changed)}; give another run.dir, "
+            "or the path of a checkpoint as resume= to go on from it with the new ones"
+        )
+
+
+def _defining(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that say what is learned, by key; not where files lie or how fast it goes."""
+    keys = {"rollout": ROLLOUT_DEFINES, "train": ("prompts_per_step", "group_size"), "credit": None, "loss": None}
+    values = {"seed": config.get("seed")}
+    for section, names in keys.items():
+        fields_of = config.get(section) or {}
+        values |= {f"{section}.{name}": fields_of.get(name) for name in names or fields_of}
+    for i, scorer in enumerate(config.get("reward") or ()):
+        values |= {f"reward.{i}.{name}": scorer.get(name) for name in ("scorer", "weight", "question")}
+    return values
+
+
 def _file_problems(config: Config, job: str) -> Iterator[str]:
     if not config.run.dir:
         yield "run.dir: empty; give the run's folder, e.g. run.dir=runs/mine"
+    if job == "grpo" and config.run.dir:
+        yield from _resume_problems(config)
     if config.resume == "never" and config.run.dir and (Path(config.run.dir) / "metrics.jsonl").exists():
         yield f"resume: 'never', but run.dir {config.run.dir} holds a run; change run.dir or set resume=auto"
     if config.resume not in ("auto", "never") and not resolve_path(config.resume).is_dir():

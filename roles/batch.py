@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ray import ObjectRef
 
 from rlpipe.config import ScorerSection
+from rlpipe.reward.scorer import NO_REQUEST
 from rlpipe.types import Score
 from roles.trainer import Stopwatch
 from roles.work import DrawRecord, GroupRecord, GroupRequest, ScoreRecord
@@ -103,5 +104,5 @@ class Chunk:
 
 def missing_scores(drawn: DrawRecord, reason: str) -> ScoreRecord:
     """Answers for drawn groups without any score."""
-    none = Score("", None, error=reason)
+    none = Score(NO_REQUEST, None, error=reason)
     return ScoreRecord(0.0, tuple(tuple((none,) * n for n in record.num_images) for record in drawn.groups))

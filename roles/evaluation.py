@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlpipe.evaluate.terminal import print_table
 from rlpipe.observe.report import write_report
 from rlpipe.types import Prompt
 from rlpipe.world.prompts import spec_from_metadata
+from rlpipe.world.scenes import IMAGE_SIZE
 from roles.group import ActorPool, RoleError
 from roles.trainer import Trainer
 from roles.weight_sync import WeightSync
@@ -28,8 +30,11 @@ JUDGE_LOSSES = 3
 """Times that the judge may be lost while one slice of the prompts is measured."""
 
 
-def uncheckable(prompts: Sequence[Prompt]) -> str | None:
-    """Why the exact checker cannot measure these prompts; None if it can."""
+def uncheckable(prompts: Sequence[Prompt], policy_path: str) -> str | None:
+    """Why the exact checker cannot measure this policy on these prompts; None if it can."""
+    size = json.loads((Path(policy_path) / "config.json").read_text())["vision_config"]["image_size"]
+    if size != IMAGE_SIZE:
+        return f"policy.path draws {size} x {size} pixels, the tiny world has {IMAGE_SIZE} x {IMAGE_SIZE}"
     for prompt in prompts:
         try:
             spec_from_metadata({**prompt.metadata, "prompt": prompt.text})
@@ -112,15 +117,16 @@ class Evaluation:
         return hashlib.sha256(json.dumps([parts, rows], sort_keys=True).encode()).hexdigest()[:16]
 
 
-async def measure_run(evaluation: Evaluation, seconds: float) -> dict | None:
+async def measure_run(evaluation: Evaluation, started: float) -> dict | None:
     """Policy before and after reinforcement, and the SFT policy over guidance scales; prints and saves the summary.
 
-    None, with one line that says why, if the held-out prompts are not the tiny world's.
+    `started` is when the job began, on the monotonic clock. None, with one line that says why, if the held-out
+    prompts or the policy are not the tiny world's.
     """
     config, trainer = evaluation.config, evaluation.trainer
-    reason = uncheckable(evaluation.prompts)
+    reason = uncheckable(evaluation.prompts, config.policy.path)
     if reason is not None:
-        trainer.say(f"no table: evaluate.prompts has prompts that the exact checker cannot read; {reason}")
+        trainer.say(f"no table, because the exact checker knows the tiny world alone: {reason}")
         return None
     guidance = config.rollout.guidance
     rl = await evaluation.measure("RL", await trainer.publish(), guidance)
@@ -130,7 +136,7 @@ async def measure_run(evaluation: Evaluation, seconds: float) -> dict | None:
     for scale in config.evaluate.guidance_sweep:
         if scale != guidance:
             sweep[scale] = (await evaluation.measure("SFT", initial, scale, full=False)).outcomes
-    summary = summarise(sft, rl, sweep, seconds, config.seed)
+    summary = summarise(sft, rl, sweep, time.monotonic() - started, config.seed)
     path = Path(config.run.dir) / "summary.json"
     _replace(path, json.dumps(summary, indent=2))
     return summary

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rlpipe.config import Config, ConfigError
-from rlpipe.data.prompts import load_prompts
+from rlpipe.data.prompts import PromptError, load_prompts
 from rlpipe.learn.checkpoint import CheckpointError
 from rlpipe.learn.fsdp import LearnerError
 from roles.batch import ScoresMissing
@@ -31,7 +31,16 @@ from roles.pools import examples_pool, reference_pool, rollout_pool, scorer_pool
 from roles.trainer import Stopped, Stopwatch, Trainer
 from roles.weight_sync import WeightError
 
-EXPECTED = (ConfigError, PlacementError, RoleError, ScoresMissing, LearnerError, WeightError, CheckpointError)
+EXPECTED = (
+    ConfigError,
+    PromptError,
+    PlacementError,
+    RoleError,
+    ScoresMissing,
+    LearnerError,
+    WeightError,
+    CheckpointError,
+)
 """Errors that a person can act on: told in one line, without a traceback."""
 
 
@@ -116,7 +125,7 @@ async def grpo(config: Config) -> None:
             await pipeline.run(state)
             await trainer.export(Path(config.run.dir) / "policy")
             evaluation = Evaluation(config, trainer, rollout, scorers[0], pipeline.sync)
-            summary = await measure_run(evaluation, time.monotonic() - started)
+            summary = await measure_run(evaluation, started)
     finally:
         for pool in pools:
             pool.close()

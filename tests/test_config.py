@@ -146,7 +146,7 @@ def test_a_runnable_configuration_passes(empty, runnable):
         (["loss.logits=scaled", "max_staleness=1", "rollout.guidance=2"], ["loss.logits"]),
         (["learner.schedule=linear_then_cosine", "learner.convert_lr=1e-4"], ["learner.convert_steps"]),
         (["policy.trainable=[vision]"], ["policy.trainable"]),
-        (["reward.1.name=judge"], ["reward.1.name"]),
+        (["reward.1.name=judge", "reward.1.weight=0"], ["reward.1.name"]),
         (["reward.0.question=Is it good?"], ["reward.0.question"]),
         (["reward.0.weight=0"], ["reward"]),
         (["reward.0.scorer=internvll"], ["reward.0.scorer"]),
@@ -240,3 +240,18 @@ def test_mistakes_are_told_without_importing_torch_or_ray_and_without_a_tracebac
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == [2, []]
     assert len(done.stderr.splitlines()) == 2, done.stderr
+
+
+def test_a_run_folder_is_not_resumed_under_other_settings(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={run}"])))
+    validate(load_config(None, [f"run.dir={run}", "train.steps=500", "rollout.threads=1"]))
+    with pytest.raises(ConfigError, match=r"loss\.kl_beta \(0\.04 -> 0\.1\).*give another run\.dir"):
+        validate(load_config(None, [f"run.dir={run}", "loss.kl_beta=0.1"]))
+
+
+def test_weights_that_do_not_sum_to_one_are_refused_where_the_reflection_is_paid():
+    with pytest.raises(ConfigError, match="reward: the weights sum to 0.5"):
+        validate(load_config(None, ["reward.0.weight=0.5"]))
+    validate(load_config(None, ["reward.0.weight=0.5", "credit.reflection_weight=0"]))

@@ -210,13 +210,15 @@ class PromptCursor:
         return {**self._identity, "position": self._position}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where a cursor over the same stream stood; another file, seed or order is a ValueError."""
+        """Go to where a cursor over the same stream stood; another file, seed or order is a PromptError."""
         keys = {"prompts": "data.prompts", "seed": "seed", "shuffle": "data.shuffle"}
         for key, mine in self._identity.items():
             if state[key] != mine:
-                raise ValueError(
-                    f"{keys[key]}: {mine} is not the checkpoint's {state[key]}: prompts would be skipped or "
-                    f"repeated; resume with the same {keys[key]} or start a new run"
+                raise PromptError(
+                    [
+                        f"{keys[key]}: {mine} is not the checkpoint's {state[key]}: prompts would be skipped or "
+                        f"repeated; resume with the same {keys[key]} or start a new run"
+                    ]
                 )
         self._position = int(state["position"])
 

@@ -35,9 +35,7 @@ class Case(NamedTuple):
     truth: bool
 
 
-def near_miss_cases(
-    decoder: Decoder, prompts: Sequence[Prompt], seed: int = 0, batch_size: int = 200
-) -> list[Case]:
+def near_miss_cases(decoder: Decoder, prompts: Sequence[Prompt], seed: int = 0, batch_size: int = 200) -> list[Case]:
     """Two cases a prompt: a render of it, through the VQ tokenizer, under its own and a near-miss prompt.
 
     Prompts whose image the round trip spoils are left out, so truth is always the checker's. The near-miss

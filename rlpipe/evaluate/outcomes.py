@@ -57,15 +57,11 @@ def evaluate_policy(
     """
     for prompt in prompts:
         if "tag" not in prompt.metadata or "include" not in prompt.metadata:
-            raise ValueError(
-                f"evaluate.prompts: row {prompt.id!r} has no `tag` and `include`; the checker needs both"
-            )
+            raise ValueError(f"evaluate.prompts: row {prompt.id!r} has no `tag` and `include`; the checker needs both")
     sampling = replace(sampling, max_images=2, redraw="on_no")
     outcomes: list[Outcome] = []
     for start in range(0, len(prompts), batch_size):
-        outcomes += _evaluate_batch(
-            decoder, prompts[start : start + batch_size], check, sampling, seed, judge
-        )
+        outcomes += _evaluate_batch(decoder, prompts[start : start + batch_size], check, sampling, seed, judge)
         if progress is not None:
             progress(len(outcomes), len(prompts))
     return outcomes

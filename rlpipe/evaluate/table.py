@@ -189,9 +189,7 @@ def _rl_gain(sft: Sequence[Outcome], rl: Sequence[Outcome], seed: int) -> dict:
     """RL minus SFT, without and with introspection, paired by prompt."""
     before = {o.prompt_id: o for o in sft}
     if set(before) != {o.prompt_id for o in rl}:
-        raise ValueError(
-            "table: sft and rl were measured on different prompts; measure both on evaluate.prompts"
-        )
+        raise ValueError("table: sft and rl were measured on different prompts; measure both on evaluate.prompts")
     return {
         "without": _difference(rl, lambda o: o.first_correct - before[o.prompt_id].first_correct, seed),
         "with": _difference(rl, lambda o: o.final_correct - before[o.prompt_id].final_correct, seed),

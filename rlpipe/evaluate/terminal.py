@@ -95,9 +95,7 @@ def _notes(summary: dict) -> list[str]:
         if "rl_gain" in summary:
             line += f"; RL is {100 * summary['rl_gain']['with_over_best_sft']:+.1f} points over it"
         notes.append(line)
-    notes.append(
-        "repaired: of the wrong first images. damaged: of the right ones. Gains are paired by prompt."
-    )
+    notes.append("repaired: of the wrong first images. damaged: of the right ones. Gains are paired by prompt.")
     if summary["seconds"]:
         notes.append(f"{summary['seconds'] / 60:.1f} minutes in all")
     return notes

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from rlpipe.learn.replay import Replay
+from rlpipe.learn.replay import Replay, ReplayOptions
 from rlpipe.learn.stats import Stats
 from rlpipe.types import TrainItem
 
@@ -22,7 +22,8 @@ from rlpipe.types import TrainItem
 class TokenTerms:
     """What is known of each scored token before the model runs; all [S], in the order of the replay.
 
-    behaviour: float32, the sampler's log-prob; NaN where nobody sampled the token.
+    behaviour: float32, the sampler's log-prob; NaN where nobody sampled the token, or where the replay scores it
+               under another distribution (`scaled`, `conditional`, `full`): there the ratio is 1, as officially.
     reference: float32, the reference policy's log-prob; NaN where there is none.
     advantage, kl, ce: float32, the segment's weights divided by its number of scored tokens
                (`ce` of a text gives its first token the share `verdict_ce_share`).
@@ -57,7 +58,8 @@ def token_terms(items: Sequence[TrainItem], replay: Replay, verdict_ce_share: fl
         kl[tokens] = credit.kl / len(tokens)
         ce[tokens] = credit.ce * _ce_shares(len(tokens), segment.kind, verdict_ce_share)
         if segment.logprobs is not None:
-            behaviour[tokens] = segment.logprobs[offsets]
+            same = _sampled_as_scored(replay.options, item, segment.kind, offsets)
+            behaviour[tokens] = np.where(same, segment.logprobs[offsets], np.nan)
         stored = item.ref_logprobs[position] if item.ref_logprobs else None
         if stored is not None:
             reference[tokens] = stored[offsets]
@@ -65,6 +67,14 @@ def token_terms(items: Sequence[TrainItem], replay: Replay, verdict_ce_share: fl
             raise ValueError(f"trajectory {item.trajectory.id}: segment {position} has a KL weight, no reference")
     arrays = (behaviour, reference, advantage, kl, ce, image)
     return TokenTerms(*map(torch.from_numpy, arrays))
+
+
+def _sampled_as_scored(options: ReplayOptions, item: TrainItem, kind: str, offsets: np.ndarray) -> np.ndarray:
+    """Which tokens of a segment the replay scores under the distribution that they were drawn from, bool [T]."""
+    if kind == "image":
+        exact = options.logits == "guided" or item.trajectory.sampling.guidance == 1.0
+        return np.full(len(offsets), exact)
+    return (offsets > 0) | (options.verdict == "restricted")
 
 
 def _ce_shares(count: int, kind: str, verdict_share: float) -> np.ndarray | float:

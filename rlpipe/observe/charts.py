@@ -30,9 +30,7 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         if self.log:
-            share = (math.log10(value) - math.log10(self.low)) / (
-                math.log10(self.high) - math.log10(self.low)
-            )
+            share = (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
         else:
             share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
@@ -87,9 +85,7 @@ def is_noisy(values: Values) -> bool:
     return travelled > _NOISY * (max(known) - min(known))
 
 
-def thin(
-    steps: Sequence[int], series: Mapping[str, Values]
-) -> tuple[list[int], dict[str, list[float | None]]]:
+def thin(steps: Sequence[int], series: Mapping[str, Values]) -> tuple[list[int], dict[str, list[float | None]]]:
     """At most 400 points: each is the mean of its bucket, at the bucket's last step."""
     size = math.ceil(len(steps) / _MAX_POINTS) or 1
     starts = range(0, len(steps), size)
@@ -106,9 +102,7 @@ def line_chart(
     """
     steps, series = thin(steps, series)
     if log:
-        series = {
-            name: [v if v is not None and v > 0 else None for v in values] for name, values in series.items()
-        }
+        series = {name: [v if v is not None and v > 0 else None for v in values] for name, values in series.items()}
     known = [v for values in series.values() for v in values if v is not None]
     if not known:
         return ""
@@ -208,15 +202,12 @@ def _figure(
         if tick == int(tick)
     ]
     legend = "".join(
-        f'<span><i class="c{index % NUM_COLORS}"></i>{escape(name)}</span>'
-        for index, name in enumerate(series)
+        f'<span><i class="c{index % NUM_COLORS}"></i>{escape(name)}</span>' for index, name in enumerate(series)
     )
     data = {
         "steps": list(steps),
         "x": [x(step) for step in steps],
-        "series": [
-            [name, [None if v is None else float(f"{v:.4g}") for v in vs]] for name, vs in series.items()
-        ],
+        "series": [[name, [None if v is None else float(f"{v:.4g}") for v in vs]] for name, vs in series.items()],
     }
     packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (

@@ -99,9 +99,7 @@ class RunView:
         if mode not in MODES:
             raise ValueError(f"observe.terminal: {mode!r} is none of {', '.join(MODES)}")
         self.console = console or Console(file=sys.stdout, highlight=False)
-        self.mode = (
-            "live" if mode == "auto" and self.console.is_terminal else "off" if mode == "off" else "plain"
-        )
+        self.mode = "live" if mode == "auto" and self.console.is_terminal else "off" if mode == "off" else "plain"
         self.total_steps, self.title, self._clock = total_steps, title, clock
         self._step, self._metrics = first_step, {}
         self._finished = deque([clock()], maxlen=_RECENT_STEPS + 1)
@@ -167,9 +165,7 @@ class RunView:
         left = self.seconds_left
         cells = [number(self._metrics.get(name)).rjust(_width(name)) for name in self._header]
         progress = f"{self._step}/{self.total_steps}"
-        self._plain(
-            "  ".join([progress.rjust(9), ("-" if left is None else duration(left)).rjust(7), *cells])
-        )
+        self._plain("  ".join([progress.rjust(9), ("-" if left is None else duration(left)).rjust(7), *cells]))
 
     def _print_header(self) -> None:
         """Two lines: the first part of each name over its first column, the rest below."""

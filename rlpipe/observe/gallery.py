@@ -44,9 +44,7 @@ def save_rollouts(
     Per rollout: `scores` and `advantages` have one entry per segment (None: no score), `texts` the words of
     each reflection. Raises ValueError naming the trajectory whose lengths do not fit.
     """
-    files = [
-        [f"{row:03d}_{i}.png" for i in range(len(rollout.images))] for row, rollout in enumerate(rollouts)
-    ]
+    files = [[f"{row:03d}_{i}.png" for i in range(len(rollout.images))] for row, rollout in enumerate(rollouts)]
     columns = zip(rollouts, files, scores, advantages, texts, strict=True)
     records = [_record(*column) for column in columns]
     folder = Path(run_dir) / "rollouts" / f"step_{step}"
@@ -177,9 +175,7 @@ def trajectory_strip(
     return strip
 
 
-def _draw_verdict(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, font, leads_on: bool
-) -> None:
+def _draw_verdict(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, font, leads_on: bool) -> None:
     """The words around the point `at`, Yes or No in colour, an arrow below where another image follows."""
     verdict, _, reason = text.partition(",")
     x, middle = at

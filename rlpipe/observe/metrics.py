@@ -13,6 +13,7 @@ METRICS = {
     "train/grad_norm": "gradient norm before clipping",
     "train/policy_version": "version of the weights after the step",
     "train/staleness": "policy versions between drawing a trajectory and training on it, mean",
+    "train/staleness_max": "the same, largest",
     "reward/first/mean": "score of the first image, mean over the batch",
     "reward/reflection/mean": "score of the verdict, mean over the batch",
     "reward/final/mean": "score of the last image, mean over the batch",
@@ -80,6 +81,4 @@ def require_finite(metrics: Mapping[str, float | None], step: int) -> None:
     bad = not_finite(metrics)
     if bad:
         named = ", ".join(f"{name}={metrics[name]}" for name in bad)
-        raise FloatingPointError(
-            f"step {step}: not finite: {named}; lower learner.lr or set learner.clip_norm"
-        )
+        raise FloatingPointError(f"step {step}: not finite: {named}; lower learner.lr or set learner.clip_norm")

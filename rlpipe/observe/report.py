@@ -123,9 +123,7 @@ def _result(summary: dict) -> str:
 def _tiles(summary: dict, rows: dict) -> str:
     name = "rl" if "rl" in rows else "sft"
     row = rows[name]
-    tiles = [
-        (f"{POLICIES[name]} with introspection", _percent(row["with"]["accuracy"]), "of held-out prompts")
-    ]
+    tiles = [(f"{POLICIES[name]} with introspection", _percent(row["with"]["accuracy"]), "of held-out prompts")]
     if "rl_gain" in summary:
         gain = summary["rl_gain"]["with"]
         tiles.append(("RL over SFT", _points(gain["value"]), f"points, {_points_range(gain['ci95'])}"))
@@ -154,9 +152,7 @@ def _accuracy_rows(rows: dict) -> str:
             cells.append(f"<td><b>{_percent(cell['accuracy'])}</b> <small>± {half:.1f}</small>{bar}</td>")
         for key in ("gain", "gain_over_fresh"):
             gain = row.get(key)
-            text = (
-                f"{_points(gain['value'])}<br><small>{_points_range(gain['ci95'])}</small>" if gain else "-"
-            )
+            text = f"{_points(gain['value'])}<br><small>{_points_range(gain['ci95'])}</small>" if gain else "-"
             cells.append(f"<td>{text}</td>")
         lines.append(f"<tr><th>{POLICIES.get(name, name)}</th>{''.join(cells)}</tr>")
     return "".join(lines) + "</tbody>"
@@ -196,8 +192,7 @@ def _kinds_table(rows: dict) -> str:
         for column in ("without", "with"):
             shares = [row[column]["by_tag"].get(tag) for tag in tags]
             cells = "".join(
-                f'<td class="heat" style="--share:{round(share or 0, 3)}">{_percent(share)}</td>'
-                for share in shares
+                f'<td class="heat" style="--share:{round(share or 0, 3)}">{_percent(share)}</td>' for share in shares
             )
             lines.append(f"<tr><th>{POLICIES.get(name, name)} {column}</th>{cells}</tr>")
     return (
@@ -342,9 +337,7 @@ def _scores(segments: Sequence[dict]) -> str:
     segments = [*segments, *[{"kind": "image"}] * (3 - len(segments))]  # one width for all cards
     for segment in segments:
         num_images += segment["kind"] == "image"
-        names.append(
-            ("first image" if num_images == 1 else "next image") if segment["kind"] == "image" else "verdict"
-        )
+        names.append(("first image" if num_images == 1 else "next image") if segment["kind"] == "image" else "verdict")
     head = "".join(f"<th>{name}</th>" for name in names)
     score = "".join(f"<td{_why(s)}>{_number(s.get('score'))}</td>" for s in segments)
     advantage = "".join(f'<td class="{_sign(s)}">{_number(s.get("advantage"), "+")}</td>' for s in segments)

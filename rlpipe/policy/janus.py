@@ -1,8 +1,8 @@
 """The unified model: transformers' Janus with its three embeddings and two heads under plain names.
 
-    text tokens -> embed_text  \\                               / text_logits
-    VQ codes    -> embed_codes  -> language model -> hidden ->
-    pixels      -> embed_pixels /                               \\ image_logits
+text tokens -> embed_text  \\                               / text_logits
+VQ codes    -> embed_codes  -> language model -> hidden ->
+pixels      -> embed_pixels /                               \\ image_logits
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The strings that frame a trajectory, and their token ids (official code, section "prompt strings").
 
-    draw    [BOS] <|User|>: {caption} \\n\\n <|Assistant|>: [BOI]            then image tokens
-    look    [EOI] \\nLet me think Does this image match the prompt...        then Yes|No, reason [EOS]
-    redraw  [EOS] \\nNext, I will draw a new image [BOI]                     then image tokens
+draw    [BOS] <|User|>: {caption} \\n\\n <|Assistant|>: [BOI]            then image tokens
+look    [EOI] \\nLet me think Does this image match the prompt...        then Yes|No, reason [EOS]
+redraw  [EOS] \\nNext, I will draw a new image [BOI]                     then image tokens
 """
 
 from __future__ import annotations

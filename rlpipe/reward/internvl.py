@@ -51,9 +51,7 @@ class JudgeFormat:
                 f"tokenizer: <IMG_CONTEXT> is token {image}, but config.json has image_token_id "
                 f"{config.image_token_id}; tokenizer and weights are of different checkpoints"
             )
-        patches = math.prod(
-            s // p for s, p in zip(self.image_size, config.vision_config.patch_size, strict=True)
-        )
+        patches = math.prod(s // p for s, p in zip(self.image_size, config.vision_config.patch_size, strict=True))
         tokens = round(patches * config.downsample_ratio**2)
         if tokens != config.image_seq_length:
             raise ValueError(

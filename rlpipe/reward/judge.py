@@ -19,9 +19,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     ids = tuple([i for t in words if (i := single_token(tokenizer, t)) is not None] for words in (YES, NO))
     for words, found in zip((YES, NO), ids, strict=True):
         if not found:
-            raise ValueError(
-                f"tokenizer: none of {', '.join(words)} is one token; the judge cannot answer with it"
-            )
+            raise ValueError(f"tokenizer: none of {', '.join(words)} is one token; the judge cannot answer with it")
     return ids
 
 

@@ -28,6 +28,8 @@ class Scorer(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
 
 
+NO_REQUEST = ""
+"""Id of a missing score that stands for requests that never reached a scorer."""
 SCORERS: dict[str, str] = {
     "internvl": "rlpipe.reward.internvl:InternVLJudge",
     "brightness": "rlpipe.reward.simple:Brightness",
@@ -92,9 +94,7 @@ def _import(path: str, field: str) -> Any:
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         known = ", ".join(sorted(SCORERS))
-        raise ConfigError(
-            f"{field}: {path!r} is unknown; take one of {known}, or an import path package.module:Class"
-        )
+        raise ConfigError(f"{field}: {path!r} is unknown; take one of {known}, or an import path package.module:Class")
     try:
         return getattr(importlib.import_module(module_name), name)
     except ImportError as error:
@@ -166,11 +166,9 @@ def combine(sections: Sequence[ScorerSection], scores: Sequence[Score]) -> Score
     The sum is missing as soon as one score of a weight other than 0 is: a sum over the rest would be on
     another scale than those of its group.
     """
-    ids = {s.id for s in scores}
+    ids = {s.id for s in scores} - {NO_REQUEST} or {NO_REQUEST}
     if len(ids) != 1 or len(scores) != len(sections):
-        raise ValueError(
-            f"combine: {len(sections)} scorers, but scores of ids {sorted(ids)} ({len(scores)} in all)"
-        )
+        raise ValueError(f"combine: {len(sections)} scorers, but scores of ids {sorted(ids)} ({len(scores)} in all)")
     parts: dict[str, float] = {}
     missing: list[str] = []
     total = 0.0
@@ -182,5 +180,5 @@ def combine(sections: Sequence[ScorerSection], scores: Sequence[Score]) -> Score
         elif section.weight != 0:
             missing.append(f"{section.name}: {score.error}")
     if missing:
-        return Score(id=scores[0].id, value=None, parts=parts, error="; ".join(missing))
-    return Score(id=scores[0].id, value=total, parts=parts)
+        return Score(id=ids.pop(), value=None, parts=parts, error="; ".join(missing))
+    return Score(id=ids.pop(), value=total, parts=parts)

@@ -346,14 +346,11 @@ def _in_chunks(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Ten
     return torch.cat([function(chunk) for chunk in padded.split(PIXEL_BATCH)])[: len(rows)]
 
 
-def _common_sampling(
-    prompts: Sequence[Prompt], samplings: Sequence[Sampling], ids: Sequence[str]
-) -> Sampling:
+def _common_sampling(prompts: Sequence[Prompt], samplings: Sequence[Sampling], ids: Sequence[str]) -> Sampling:
     """What all rows share; errors name the field that differs or is out of range."""
     if not len(prompts) == len(samplings) == len(ids):
         raise ValueError(
-            f"rollout: {len(prompts)} prompts, {len(samplings)} samplings, {len(ids)} ids; "
-            "give one of each per row"
+            f"rollout: {len(prompts)} prompts, {len(samplings)} samplings, {len(ids)} ids; give one of each per row"
         )
     common = replace(samplings[0], seed=0)
     for sampling in set(samplings):
@@ -368,7 +365,5 @@ def _common_sampling(
     if common.max_images not in (1, 2):
         raise ValueError(f"rollout.max_images: {common.max_images} is neither 1 nor 2")
     if common.max_reflection_tokens < 1:
-        raise ValueError(
-            f"rollout.max_reflection_tokens: {common.max_reflection_tokens}; the verdict needs 1"
-        )
+        raise ValueError(f"rollout.max_reflection_tokens: {common.max_reflection_tokens}; the verdict needs 1")
     return common

@@ -61,9 +61,7 @@ def detect(image: np.ndarray) -> tuple[Detection, ...]:
 def scene_from_detections(detections: tuple[Detection, ...]) -> Scene:
     """The clear detections as a scene, centres snapped to the grid; snapped objects may lie too close."""
     return tuple(
-        SceneObject(d.color, d.shape, _snap(d.box[0]), _snap(d.box[1]))
-        for d in detections
-        if d.shape is not None
+        SceneObject(d.color, d.shape, _snap(d.box[0]), _snap(d.box[1])) for d in detections if d.shape is not None
     )
 
 

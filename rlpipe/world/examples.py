@@ -62,16 +62,12 @@ class WorldExamples:
         self._answers: dict[str, np.ndarray] = {}
 
     @classmethod
-    def prepare(
-        cls, folder: str, policy_path: str, count: int, sampling: Sampling, seed: int
-    ) -> WorldExamples:
+    def prepare(cls, folder: str, policy_path: str, count: int, sampling: Sampling, seed: int) -> WorldExamples:
         """Read rendered.npz, drawn.npz and corrections.npy of `folder`; without one, make them without a policy."""
         policy = JanusPolicy.load(policy_path)
         if folder:
             path = Path(folder)
-            missing = [
-                n for n in ("rendered.npz", "drawn.npz", "corrections.npy") if not (path / n).is_file()
-            ]
+            missing = [n for n in ("rendered.npz", "drawn.npz", "corrections.npy") if not (path / n).is_file()]
             if missing:
                 raise FileNotFoundError(
                     f"sft.data: {path.resolve()} lacks {', '.join(missing)}; leave it empty to generate"
@@ -100,9 +96,7 @@ class WorldExamples:
 
     def draw(self, rng: np.random.Generator, count: int) -> list[TrainItem]:
         indices = rng.choice(self.right, count)
-        return [
-            draw_item(self._prompt(self.pool.specs[i], i), self.pool.codes[i], self.sampling) for i in indices
-        ]
+        return [draw_item(self._prompt(self.pool.specs[i], i), self.pool.codes[i], self.sampling) for i in indices]
 
     def judge(self, rng: np.random.Generator, count: int) -> list[TrainItem]:
         rendered, missed = int(count * self.mix.rendered), int(count * self.mix.near_miss)
@@ -124,9 +118,7 @@ class WorldExamples:
             else:
                 target = self.pool.codes[rng.choice(self.right_of[spec])]
             answer = self._answer(self.pool.reasons[index])
-            items.append(
-                redraw_item(self._prompt(spec, index), self.pool.codes[index], answer, target, self.sampling)
-            )
+            items.append(redraw_item(self._prompt(spec, index), self.pool.codes[index], answer, target, self.sampling))
         return items
 
 

@@ -58,9 +58,7 @@ class Pool:
     def load(path: str | Path) -> Pool:
         with np.load(path, allow_pickle=False) as file:
             notes = json.loads(file["notes"].tobytes())
-            detections = [
-                tuple(Detection(c, s, tuple(b), v) for c, s, b, v in row) for row in notes["detections"]
-            ]
+            detections = [tuple(Detection(c, s, tuple(b), v) for c, s, b, v in row) for row in notes["detections"]]
             specs = [spec_from_metadata(metadata) for metadata in notes["specs"]]
             return Pool(specs, file["codes"], file["images"], detections, file["correct"], notes["reasons"])
 
@@ -78,9 +76,7 @@ class Pool:
 
 def pool_of(specs: list[PromptSpec], codes: np.ndarray, policy: JanusPolicy, workers: int = 2) -> Pool:
     """Decode the codes and look at every image with the checker, on `workers` processes."""
-    images = np.concatenate(
-        [policy.decode_codes(part).numpy() for part in torch.from_numpy(codes).split(500)]
-    )
+    images = np.concatenate([policy.decode_codes(part).numpy() for part in torch.from_numpy(codes).split(500)])
     with ProcessPoolExecutor(workers) as executor:
         detections = list(executor.map(detect, images, chunksize=200))
     verdicts = [check_detections(s.metadata, d) for s, d in zip(specs, detections, strict=True)]

@@ -239,8 +239,7 @@ def _arrange(rng: random.Random, looks: list[tuple[str, str]], relation: str | N
 
 def _objects(looks: list[tuple[str, str]], places: np.ndarray) -> Scene:
     return tuple(
-        SceneObject(color, shape, int(x), int(y))
-        for (color, shape), (x, y) in zip(looks, places, strict=True)
+        SceneObject(color, shape, int(x), int(y)) for (color, shape), (x, y) in zip(looks, places, strict=True)
     )
 
 

@@ -50,9 +50,7 @@ def test_each_outcome_is_that_of_its_own_rollout_and_control(decoder: Decoder) -
     assert [o.prompt_id for o in outcomes] == [p.id for p in prompts]
     assert {o.said_yes for o in outcomes} == {True, False}
     for prompt, outcome in zip(prompts, outcomes, strict=True):
-        drawn, fresh = (
-            Sampling(seed=row_seed(5, prompt.id, u), max_reflection_tokens=6) for u in ("draw", "fresh")
-        )
+        drawn, fresh = (Sampling(seed=row_seed(5, prompt.id, u), max_reflection_tokens=6) for u in ("draw", "fresh"))
         (rollout,) = introspect(decoder, [prompt], [drawn], ["x"])
         images = rollout.images
         assert outcome.said_yes == rollout.trajectory.verdicts[0]
@@ -126,9 +124,7 @@ def test_near_miss_cases_come_in_pairs_of_one_image_whose_truth_is_the_checkers(
         assert own.prompt is prompt and own.truth and not missed.truth
         assert np.array_equal(own.image, missed.image)
         assert missed.prompt.text != prompt.text and missed.prompt.metadata["tag"] == prompt.metadata["tag"]
-        assert (
-            check(prompt.metadata, own.image).correct and not check(missed.prompt.metadata, own.image).correct
-        )
+        assert check(prompt.metadata, own.image).correct and not check(missed.prompt.metadata, own.image).correct
 
 
 def test_images_that_the_round_trip_spoils_make_no_case() -> None:

@@ -101,11 +101,7 @@ def test_the_summary_has_the_documented_keys_and_is_json() -> None:
     for policy in ("sft", "rl"):
         for column in ("without", "with", "fresh"):
             assert set(summary["table"][policy][column]) == {"accuracy", "ci95", "by_tag"}
-    assert (
-        summary["table"]["sft"]["repaired"] == 0.5
-        and summary["repaired"] is None
-        and summary["damaged"] == 0.0
-    )
+    assert summary["table"]["sft"]["repaired"] == 0.5 and summary["repaired"] is None and summary["damaged"] == 0.0
     assert summary["verdict"]["accuracy"] == 1.0 and summary["verdict"]["balanced_accuracy"] is None
     assert summary["prompts"] == 6 and summary["prompts_by_tag"] == {"colors": 4, "position": 2}
     assert summary["rl_gain"]["without"]["value"] == 0.75 and summary["seconds"] == 12.0
@@ -134,9 +130,7 @@ def test_policies_measured_on_different_prompts_are_not_compared() -> None:
 def test_the_printed_table_has_every_number() -> None:
     near = [NearMiss("a", "colors", True, True), NearMiss("b", "colors", False, True)]
     out = io.StringIO()
-    print_table(
-        summarise(Measured(ROWS, near), Measured(ROWS, near), {2.0: ROWS[:5]}, 90.0), Console(file=out)
-    )
+    print_table(summarise(Measured(ROWS, near), Measured(ROWS, near), {2.0: ROWS[:5]}, 90.0), Console(file=out))
     text = out.getvalue()
     rows = [line.split() for line in text.splitlines()]
     sft = next(row for row in rows if row[:1] == ["SFT"])

@@ -33,9 +33,7 @@ class Head:
     def ray(self, *arguments: str, timeout_s: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
         """`ray VERB OBJECT --address ... arguments`"""
         command = [RAY, *arguments[:2], "--address", self.url, *arguments[2:]]
-        return subprocess.run(
-            command, env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
-        )
+        return subprocess.run(command, env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
 
 
 def free_ports(count: int) -> list[int]:

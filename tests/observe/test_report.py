@@ -24,9 +24,7 @@ def rollout(said_yes: bool, name: str = "t0", color: int = 0) -> Rollout:
     segments = (image, text) if said_yes else (image, text, image)
     prompt = Prompt("p0", "a photo of <two> circles", {"tag": "counting"})
     trajectory = Trajectory(name, prompt, segments, Sampling(seed=3), 5, (said_yes,), (False,))
-    pixels = tuple(
-        np.full((48, 48, 3), color + 90 * i, np.uint8) for i in range(len(segments) // 2 + (not said_yes))
-    )
+    pixels = tuple(np.full((48, 48, 3), color + 90 * i, np.uint8) for i in range(len(segments) // 2 + (not said_yes)))
     return Rollout(trajectory, pixels)
 
 
@@ -55,9 +53,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         attributes = dict(attrs)
-        self.references += [
-            attributes[key] for key in ("src", "href", "srcset", "data") if attributes.get(key)
-        ]
+        self.references += [attributes[key] for key in ("src", "href", "srcset", "data") if attributes.get(key)]
         if attributes.get("class") == "card":
             self.cards.append(attributes)
         if tag not in ("meta", "link", "img", "br", "option") and not self.get_starttag_text().endswith("/>"):
@@ -77,14 +73,10 @@ class Page(HTMLParser):
 def full_run(run_dir: Path) -> None:
     with Tracker(run_dir, ObserveSection()) as tracker:
         for step in range(1, 41):
-            tracker.log(
-                step, {"reward/first/mean": step / 50, "time/learn": 1.0, "time/step": 2.0, "own/x": 1.0}
-            )
+            tracker.log(step, {"reward/first/mean": step / 50, "time/learn": 1.0, "time/step": 2.0, "own/x": 1.0})
     save_step(run_dir, 10)
     save_step(run_dir, 20)
-    outcomes = [
-        Outcome(str(i), "counting", i % 2 == 0, i % 2 == 0, i % 3 != 0, i % 5 == 0) for i in range(30)
-    ]
+    outcomes = [Outcome(str(i), "counting", i % 2 == 0, i % 2 == 0, i % 3 != 0, i % 5 == 0) for i in range(30)]
     near = [NearMiss("0", "counting", True, True), NearMiss("1", "counting", False, True)]
     measured = Measured(outcomes, near)
     (run_dir / "summary.json").write_text(json.dumps(summarise(measured, measured, seconds=60.0)))

@@ -51,9 +51,7 @@ def test_a_half_written_line_is_skipped_and_said_and_gone_after_a_resume(tmp_pat
 
 
 def test_of_two_lines_of_one_step_the_later_counts(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"train/step": 1, "a": 1}\n[2]\n{"train/step": 1, "a": 3}\n{"a": 4}\n'
-    )
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 1, "a": 1}\n[2]\n{"train/step": 1, "a": 3}\n{"a": 4}\n')
     log = read_metrics(tmp_path)
     assert [row["a"] for row in log.rows] == [3]
     assert log.damaged_lines == (2, 4)

@@ -70,9 +70,7 @@ def test_the_whole_model_run_on_one_row_gives_the_same_logits(parts):
         ours = answer_logits(model, ids, mask, pixels)
         for row in range(3):
             length = int(mask[row].sum())
-            whole = model(input_ids=ids[row : row + 1, :length], pixel_values=pixels[row : row + 1]).logits[
-                0, -1
-            ]
+            whole = model(input_ids=ids[row : row + 1, :length], pixel_values=pixels[row : row + 1]).logits[0, -1]
             torch.testing.assert_close(ours[row], whole, atol=1e-5, rtol=0)
     assert ours.dtype == torch.float32 and mask.sum(1).unique().numel() == 3
 
@@ -90,9 +88,7 @@ def test_equal_pairs_are_computed_once(judge_path, monkeypatch):
     judge = InternVLJudge(judge_path, QUESTION)
     rows = []
     forward = judge.model.model.forward
-    monkeypatch.setattr(
-        judge.model.model, "forward", lambda **kw: rows.append(len(kw["input_ids"])) or forward(**kw)
-    )
+    monkeypatch.setattr(judge.model.model, "forward", lambda **kw: rows.append(len(kw["input_ids"])) or forward(**kw))
     requests = ask(2)
     scores = judge.score([requests[0], requests[1], requests[0], requests[0]])
     assert sum(rows) == 2
@@ -147,9 +143,7 @@ def test_images_of_different_sizes_are_scored_together(judge_path):
 
 def test_bfloat16_agrees_with_float32(judge_path):
     requests = ask(6)
-    wide, narrow = (
-        InternVLJudge(judge_path, QUESTION, dtype=d).score(requests) for d in ("float32", "bfloat16")
-    )
+    wide, narrow = (InternVLJudge(judge_path, QUESTION, dtype=d).score(requests) for d in ("float32", "bfloat16"))
     np.testing.assert_allclose([s.value for s in narrow], [s.value for s in wide], atol=0.03)
 
 
@@ -186,9 +180,7 @@ def test_a_tokenizer_without_the_chat_tokens_is_refused(parts, tiny_policy):
 def test_a_folder_without_a_checkpoint_or_with_another_model_is_refused(tmp_path, tiny_policy_path):
     with pytest.raises(ConfigError, match=r"reward\[judge\].path: no config.json in"):
         build_scorer(ScorerSection(path=str(tmp_path)))
-    with pytest.raises(
-        ConfigError, match=r"reward\[judge\].path: .* holds a model of type 'janus', not 'internvl'"
-    ):
+    with pytest.raises(ConfigError, match=r"reward\[judge\].path: .* holds a model of type 'janus', not 'internvl'"):
         build_scorer(ScorerSection(path=str(tiny_policy_path)))
 
 
@@ -207,9 +199,7 @@ def test_a_config_that_does_not_fit_its_own_images_is_refused(judge_path, parts)
 
 
 def test_wrong_constructor_values_name_themselves(judge_path):
-    with pytest.raises(
-        ConfigError, match=r"reward\[judge\].dtype: 'float16' is not one of float32, bfloat16"
-    ):
+    with pytest.raises(ConfigError, match=r"reward\[judge\].dtype: 'float16' is not one of float32, bfloat16"):
         build_scorer(ScorerSection(path=str(judge_path), options={"dtype": "float16"}))
     with pytest.raises(ConfigError, match=r"reward\[judge\].batch_size: 0 is below 1"):
         build_scorer(ScorerSection(path=str(judge_path), batch_size=0))

@@ -21,9 +21,7 @@ def plain(value: int = 128, **channels: int) -> np.ndarray:
 
 
 def ask(*images: np.ndarray) -> list[ScoreRequest]:
-    return [
-        ScoreRequest(id=f"r{i}", prompt=Prompt(str(i), "a circle"), image=im) for i, im in enumerate(images)
-    ]
+    return [ScoreRequest(id=f"r{i}", prompt=Prompt(str(i), "a circle"), image=im) for i, im in enumerate(images)]
 
 
 class Threshold:

@@ -10,15 +10,17 @@ import copy
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from rlpipe.config import Config
 from rlpipe.data.prompts import load_prompts
 from rlpipe.observe.gallery import read_rollouts
 from rlpipe.observe.tracker import read_metrics
-from roles.batch import ScoresMissing
+from roles.batch import Batch, ScoresMissing
 from roles.group import ActorPool
 from roles.pipeline import GrpoPipeline
 from roles.placement import grpo_demands
@@ -57,11 +59,13 @@ class Office:
             setattr(getattr(config, section) if section else config, name, value)
         return config
 
-    def train(self, config: Config, on_step=lambda step, office, trainer: None) -> list[dict[str, float]]:
+    def train(
+        self, config: Config, on_step=lambda step, office, trainer: None, before_step=lambda step, batch: None
+    ) -> list[dict[str, float]]:
         """Run to the end; `on_step` is called when a step's batch has been trained. Returns the metrics."""
-        return self.runner.run(asyncio.wait_for(self._train(config, on_step), LIMIT_S))
+        return self.runner.run(asyncio.wait_for(self._train(config, on_step, before_step), LIMIT_S))
 
-    async def _train(self, config: Config, on_step) -> list[dict[str, float]]:
+    async def _train(self, config: Config, on_step, before_step) -> list[dict[str, float]]:
         await asyncio.gather(*(pool.start() for pool in self.pools()))
         trainer = Trainer(config, grpo_demands(config)["learner"])
         trainer.ranks = self.ranks
@@ -75,6 +79,7 @@ class Office:
 
             async def watched(batch, watch):
                 self.trained.append([(o, g.record.policy_version) for o, g in sorted(batch.groups.items())])
+                before_step(trainer.step, batch)
                 result = await optimise(batch, watch)
                 on_step(trainer.step, self, trainer)
                 return result
@@ -239,6 +244,32 @@ def test_two_learner_ranks_train_as_one(office, undisturbed, tmp_path) -> None:
     # One rank goes on from what two wrote.
     rest = office.train(office.config(tmp_path))
     assert rest[3] == pytest.approx(undisturbed[3], rel=1e-3, abs=1e-4)
+
+
+def reference_to_nothing() -> ray.ObjectRef:
+    """A reference whose owner is dead, as those of a lost node are."""
+
+    class Owner:
+        def put(self) -> list[ray.ObjectRef]:
+            return [ray.put("gone with me")]
+
+    owner = ray.remote(Owner).options(num_cpus=0).remote()
+    (ref,) = ray.get(owner.put.remote())
+    ray.kill(owner)
+    return ref
+
+
+def test_drawn_groups_that_get_lost_are_drawn_again_and_change_nothing(office, undisturbed, tmp_path) -> None:
+    lost = reference_to_nothing()
+
+    def lose(step: int, batch: Batch) -> None:
+        if step == 2 and batch.lost == 0:
+            batch.groups[5] = replace(batch.groups[5], rollouts=lost)
+
+    metrics = office.train(office.config(tmp_path), before_step=lose)
+    assert [row.pop("failures/lost_draws") for row in metrics] == [0, 0, 1, 0]
+    assert metrics == [{k: v for k, v in row.items() if k != "failures/lost_draws"} for row in undisturbed]
+    assert office.ordinals() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
 
 
 def test_samples_of_a_step_are_written_for_the_report(office, tmp_path) -> None:

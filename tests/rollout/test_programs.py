@@ -21,9 +21,7 @@ TEXTS = (
 GREEDY = Sampling(image_temperature=0.0, text_temperature=0.0, max_reflection_tokens=6)
 
 
-def rows(
-    count: int, sampling: Sampling, first_seed: int = 0
-) -> tuple[list[Prompt], list[Sampling], list[str]]:
+def rows(count: int, sampling: Sampling, first_seed: int = 0) -> tuple[list[Prompt], list[Sampling], list[str]]:
     """`count` rows over three prompts of different lengths, each with its own seed."""
     prompts = [Prompt(id=f"p{i % 3}", text=TEXTS[i % 3]) for i in range(count)]
     samplings = [replace(sampling, seed=first_seed + i) for i in range(count)]
@@ -176,9 +174,7 @@ def test_only_a_no_is_followed_by_a_second_image(tiny_policy, decoder):
     for rollout, yes in zip(rollouts, verdicts, strict=True):
         trajectory = rollout.trajectory
         words = trajectory.segments[1].token_ids
-        assert yes == (words[0] == tiny_policy.templates.yes) and (
-            yes or words[0] == tiny_policy.templates.no
-        )
+        assert yes == (words[0] == tiny_policy.templates.yes) and (yes or words[0] == tiny_policy.templates.no)
         assert [s.kind for s in trajectory.segments] == ["image", "text"] + ([] if yes else ["image"])
         assert trajectory.policy_version == 7
         assert len(rollout.images) == len(trajectory.images)
@@ -250,9 +246,7 @@ def test_draw_only_draws_the_first_image_of_an_introspection(decoder):
     for plain, rollout in zip(draw_only(decoder, *rows(6, Sampling(guidance=2.0))), whole, strict=True):
         assert len(plain.trajectory.segments) == len(plain.images) == 1
         assert plain.trajectory.verdicts == () and plain.trajectory.final_image == 0
-        assert np.array_equal(
-            plain.trajectory.segments[0].token_ids, rollout.trajectory.segments[0].token_ids
-        )
+        assert np.array_equal(plain.trajectory.segments[0].token_ids, rollout.trajectory.segments[0].token_ids)
         assert np.array_equal(plain.images[0], rollout.images[0])
 
 

@@ -80,9 +80,7 @@ def test_the_checker_refuses_every_near_miss():
         scene = near_miss(rng, spec)
         verdict = check(spec.metadata, render(scene))
         assert not satisfies(scene, spec)
-        assert not verdict.correct and 0 <= verdict.partial < 1 and verdict.reason.startswith("No, "), (
-            spec.text
-        )
+        assert not verdict.correct and 0 <= verdict.partial < 1 and verdict.reason.startswith("No, "), spec.text
 
 
 def test_a_near_miss_spec_is_of_the_same_kind_and_wrong_for_the_image():
@@ -308,9 +306,7 @@ def test_an_exclude_entry_fails_from_its_count_on():
     include = [{"class": "circle", "count": 1}]
     assert check_detections({"include": include}, two).correct
     assert check_detections({"include": include, "exclude": [{"class": "circle", "count": 3}]}, two).correct
-    assert not check_detections(
-        {"include": include, "exclude": [{"class": "circle", "count": 2}]}, two
-    ).correct
+    assert not check_detections({"include": include, "exclude": [{"class": "circle", "count": 2}]}, two).correct
 
 
 def test_the_most_confident_objects_are_judged_as_in_geneval():
