@@ -175,7 +175,8 @@ class SftSection:
     prompt_dropout: float = 0.1
     """Share of drawings whose prompt is blanked, so that guidance has an unconditional model."""
     data: str = ""
-    """Folder of supervised examples (see docs); empty: the tiny world's own generator."""
+    """Folder with rendered.npz, drawn.npz and corrections.npy as `launch/build_tiny.py` leaves them; empty: the tiny
+    world's generator makes examples."""
     num_samples: int = 20000
     """Examples that the tiny world's generator makes."""
 

@@ -129,8 +129,8 @@ class ActorPool:
                     raise RoleError(message) from error
                 self.retries += 1
                 self.revive_later(replica, handle, error)
-            except asyncio.CancelledError:
-                # It still does what nobody waits for any more; who comes next stands in line behind that.
+            except BaseException:
+                # Cancelled: it still does what nobody waits for; who comes next stands in line behind that.
                 self._release(replica)
                 raise
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,10 @@ def connect(config: Config, demands: dict[str, Demand]) -> None:
         else:
             # Processes of a local cluster inherit the environment; that is cheaper than a runtime environment.
             os.environ.update({k: os.environ.get(k, v) for k, v in ACTOR_ENVIRONMENT.items()})
+            # On a machine of its own the actors' CPUs are book-keeping: fewer cores make it slower, not impossible.
+            needed = math.ceil(sum(demand.count * demand.num_cpus for demand in demands.values()))
             ray.init(
-                num_cpus=config.placement.local_cpus,
+                num_cpus=config.placement.local_cpus or max(os.cpu_count() or 1, needed),
                 include_dashboard=False,
                 object_store_memory=_store_bytes(config),
                 _node_ip_address="127.0.0.1",
@@ -127,6 +130,8 @@ def with_absolute_paths(config: Config) -> Config:
     """The configuration as actors get it, whatever their working directory is."""
     config = copy.deepcopy(config)
     config.run.dir = str(Path(config.run.dir).absolute())
+    if config.resume not in ("auto", "never"):
+        config.resume = str(resolve_path(config.resume))
     config.policy.path = str(resolve_path(config.policy.path))
     config.reference.path = str(resolve_path(config.reference.path or config.policy.path))
     config.sft.data = str(resolve_path(config.sft.data)) if config.sft.data else ""

@@ -11,6 +11,7 @@ from ray import ObjectRef
 from rlpipe.config import ScorerSection
 from rlpipe.reward.scorer import build_scorer, score_all
 from rlpipe.types import Rollout, Score, ScoreRequest
+from roles.rollout import actor_device
 from roles.work import ScoreRecord
 
 
@@ -24,7 +25,7 @@ class RewardActor:
     def __init__(self, section: ScorerSection) -> None:
         torch.set_num_threads(section.threads)
         self.section = section
-        self.scorer = build_scorer(section)
+        self.scorer = build_scorer(section, device=actor_device(section.num_gpus))
 
     def ready(self) -> str:
         return self.section.name

@@ -187,7 +187,16 @@ class _IndexUnpickler(pickle.Unpickler):
     """Unpickles a DCP index and refuses whatever else a file may name."""
 
     allowed = {
-        "torch.distributed.checkpoint.metadata": None,
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata",
+            "StorageMeta",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+        },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
         "torch": {
@@ -198,8 +207,7 @@ class _IndexUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        names = self.allowed.get(module, set())
-        if (names is None and "." not in name) or (names and name in names):
+        if name in self.allowed.get(module, ()):
             return super().find_class(module, name)
         raise CheckpointError(f"checkpoint index names {module}.{name}, which is no part of one")
 

@@ -79,9 +79,14 @@ def check_scorers(sections: Sequence[ScorerSection]) -> None:
         resolve_scorer(section)
 
 
-def build_scorer(section: ScorerSection) -> Scorer:
-    """The scorer of a section, loaded and ready; ConfigError names the section's field that is at fault."""
+def build_scorer(section: ScorerSection, device: str | None = None) -> Scorer:
+    """The scorer of a section, loaded and ready; ConfigError names the section's field that is at fault.
+
+    device: handed to a scorer that takes one, unless its options name another.
+    """
     target, keywords = resolve_scorer(section)
+    if device is not None and "device" in inspect.signature(target).parameters:
+        keywords.setdefault("device", device)
     try:
         return target(**keywords)
     except (ValueError, OSError) as error:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlpipe.learn.loss import TokenTerms, policy_loss, token_terms
-from rlpipe.learn.replay import lay_out, token_logprobs
+from rlpipe.learn.replay import ReplayOptions, lay_out, token_logprobs
 from rlpipe.learn.stats import Stats
-from rlpipe.types import SegmentCredit
+from rlpipe.types import Sampling, SegmentCredit
 from tests.learn.builders import item, with_logprobs
 
 NAN = float("nan")
@@ -107,3 +107,29 @@ def test_a_kl_weight_without_reference_is_named(tiny_policy):
     example = item(tiny_policy, 0, 1, credits=(SegmentCredit(kl=1.0),))
     with pytest.raises(ValueError, match="t0: segment 0 has a KL weight"):
         token_terms([example], lay_out([example], tiny_policy.templates))
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        (ReplayOptions(), []),
+        (ReplayOptions(logits="scaled"), ["image"]),
+        (ReplayOptions(logits="conditional"), ["image"]),
+        (ReplayOptions(verdict="full"), ["verdict"]),
+    ],
+)
+def test_tokens_scored_otherwise_than_they_were_drawn_have_ratio_one_and_no_mismatch(tiny_policy, options, unknown):
+    examples = [item(tiny_policy, sampling=Sampling(guidance=3.0))]
+    sampled = with_logprobs(tiny_policy, examples, noise=0.5)
+    replay = lay_out(sampled, tiny_policy.templates, options)
+    terms = token_terms(sampled, replay)
+    verdict = ~terms.image & (replay.offset == 0)
+    expected = {"image": terms.image, "verdict": verdict}
+    missing = torch.zeros_like(terms.image)
+    for name in unknown:
+        missing |= expected[name]
+    assert torch.equal(terms.behaviour.isnan(), missing)
+    logprobs = torch.where(missing, torch.tensor(-50.0), terms.behaviour)
+    _, stats = policy_loss(logprobs, terms, 3.0)
+    assert stats.values()["loss/ratio_max"] == pytest.approx(1.0)
+    assert stats.values()["mismatch/max_abs"] == 0.0

@@ -84,8 +84,8 @@ def test_supervised_training_learns_its_examples_and_resumes_bit_for_bit(
         assert losses(tmp_path / "two") == whole
         for task in ("draw", "judge"):
             of_task = [row[f"loss/{task}"] for row in whole if f"loss/{task}" in row]
-            assert len(of_task) >= 3 and of_task[-1] < 0.7 * of_task[0]
+            assert len(of_task) >= 3 and of_task[-1] < 0.9 * of_task[0]
         examples.close()
         ranks.close()
 
-    asyncio.run(asyncio.wait_for(scenario(), 1250))
+    asyncio.run(asyncio.wait_for(scenario(), 250))
