@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from roles.group import ActorPool, RoleError
+from tests.roles.death import kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -131,7 +132,7 @@ def test_a_replica_gets_its_greeting_before_any_work_also_after_a_restart() -> N
         pool.on_start = greet
         await pool.start()
         assert await pool.call("add", 1, timeout_s=30) == (1, "first")
-        ray.kill(pool.replicas[0].handle)
+        await kill(pool.replicas[0].handle)
         assert await pool.call("add", 1, timeout_s=30) == (1, "second")
         pool.close()
 
@@ -166,7 +167,7 @@ def test_a_broken_pool_raises_its_error_at_every_later_call() -> None:
     async def scenario() -> None:
         pool = pool_of()
         await pool.start()
-        ray.kill(pool.replicas[0].handle)
+        await kill(pool.replicas[0].handle)
         with pytest.raises(RoleError, match=r"worker\.add"):
             await pool.broadcast("add", 1, timeout_s=30)
         with pytest.raises(RoleError, match=r"worker\.add"):

@@ -16,6 +16,7 @@ from roles.group import ActorPool, RoleError
 from roles.rollout import RolloutWorker
 from roles.weight_sync import WeightError, WeightSync, install, lay_out, publish
 from roles.work import Ack, GroupRequest
+from tests.roles.death import kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -147,10 +148,10 @@ def test_every_worker_acknowledges_and_one_that_died_gets_the_weights_before_any
         sync = WeightSync(pool, 30)
         await pool.start()
         await sync.send(publish(some_weights(), 1))
-        ray.kill(pool.replicas[0].handle)
+        await kill(pool.replicas[0].handle)
         held = [await pool.call("held", timeout_s=30, before=lambda r: (sync.version_of(r),)) for _ in range(4)]
         assert held == [(1, 1)] * 4
-        ray.kill(pool.replicas[1].handle)
+        await kill(pool.replicas[1].handle)
         await sync.send(publish(some_weights(), 2))
         assert await pool.broadcast("held", 2, timeout_s=30) == [(2, 2), (2, 2)]
         assert sync.version == 2
