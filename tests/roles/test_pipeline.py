@@ -9,12 +9,14 @@ import asyncio
 import copy
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from rlpipe.config import Config
 from rlpipe.data.prompts import load_prompts
@@ -246,21 +248,34 @@ def test_two_learner_ranks_train_as_one(office, undisturbed, tmp_path) -> None:
     assert rest[3] == pytest.approx(undisturbed[3], rel=1e-3, abs=1e-4)
 
 
-def reference_to_nothing() -> ray.ObjectRef:
-    """A reference whose owner is dead, as those of a lost node are."""
+def reference_to_nothing(reader: ray.actor.ActorHandle) -> ray.ObjectRef:
+    """A reference whose owner is dead, as those of a lost node are; `reader` has noticed it."""
 
     class Owner:
         def put(self) -> list[ray.ObjectRef]:
             return [ray.put(bytes(1_000_000))]
 
+    def is_gone(actor: object, refs: list[ray.ObjectRef]) -> bool:
+        try:
+            ray.get(refs, timeout=1)
+        except ObjectLostError:
+            return True
+        except GetTimeoutError:
+            pass
+        return False
+
     owner = ray.remote(Owner).options(num_cpus=0).remote()
     (ref,) = ray.get(owner.put.remote())
     ray.kill(owner)
+    deadline = time.monotonic() + 60
+    while not ray.get(reader.__ray_call__.remote(is_gone, [ref])):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     return ref
 
 
 def test_drawn_groups_that_get_lost_are_drawn_again_and_change_nothing(office, undisturbed, tmp_path) -> None:
-    lost = reference_to_nothing()
+    lost = reference_to_nothing(office.ranks.replicas[0].handle)
 
     def lose(step: int, batch: Batch) -> None:
         if step == 2 and batch.lost == 0:
