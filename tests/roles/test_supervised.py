@@ -73,18 +73,18 @@ def test_supervised_training_learns_its_examples_and_resumes_bit_for_bit(
     async def scenario() -> None:
         config = config_for(tmp_path / "one", prompts_file)
         config.sft = SftSection(draw=0.5, judge=0.5, redraw=0.0, batch_size=4, prompt_dropout=0.0)
-        config.train.steps, config.learner.lr, config.learner.schedule = 12, 5e-3, "constant"
+        config.train.steps, config.learner.lr, config.learner.schedule = 30, 5e-3, "constant"
         examples = examples_pool(config)
         ranks = await train(config, examples, None)
         whole = losses(tmp_path / "one")
-        config.run.dir, config.train.steps = str(tmp_path / "two"), 6
+        config.run.dir, config.train.steps = str(tmp_path / "two"), 15
         await train(config, examples, ranks)
-        config.train.steps = 12
+        config.train.steps = 30
         await train(config, examples, ranks)
         assert losses(tmp_path / "two") == whole
         for task in ("draw", "judge"):
             of_task = [row[f"loss/{task}"] for row in whole if f"loss/{task}" in row]
-            assert len(of_task) >= 3 and of_task[-1] < 0.9 * of_task[0]
+            assert len(of_task) >= 3 and of_task[-1] < 0.7 * of_task[0]
         examples.close()
         ranks.close()
 
