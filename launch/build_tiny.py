@@ -1,7 +1,8 @@
 """Rebuild the tiny world's checkpoints and prompt files from nothing: `python launch/build_tiny.py --work DIR`.
 
 Stages, each resumable (a finished stage's files in the work folder are not made again), each with the accuracy that
-it must reach: vq, pools, tower, judge, base, drawn, judge_drawn, sft, verdict. The result lands in rlpipe/world/assets.
+it must reach: vq, pools, tower, judge, base, drawn, judge_drawn, sft, verdict, judge_policy. The result lands in
+rlpipe/world/assets.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rlpipe.world.build.tower import train_tower
 from rlpipe.world.build.vq import train_vq
 from rlpipe.world.examples import WorldExamples
 from rlpipe.world.models import build_judge, build_policy
-from rlpipe.world.pool import Pool, corrections, near_miss_pairs, own_pairs, rendered_pool, spliced_pool
+from rlpipe.world.pool import Pair, Pool, corrections, near_miss_pairs, own_pairs, rendered_pool, spliced_pool
 from rlpipe.world.prompts import write_prompts
 
 ASSETS = Path(__file__).resolve().parent.parent / "rlpipe/world/assets"
@@ -121,17 +122,37 @@ class Build:
         trainer.save(self.work / "judge")
 
     def judge_drawn(self) -> None:
-        """The learned judge, on what the policy draws; agreement is measured on held-out prompts."""
-        groups = []
-        for name, own, near in (("drawn", 0.4, 0.35), ("spliced", 0.1, 0.15)):
-            pool = Pool.load(self.work / f"{name}.npz")
-            groups += [(pool, own_pairs(pool), own), (pool, near_miss_pairs(pool, seed=22), near)]
+        """The learned judge, on what the base policy draws."""
+        groups = self._judge_groups(Pool.load(self.work / "drawn.npz"), own=0.4, near=0.35)
         trainer = JudgeTrainer(*load_judge(self.work / "judge"), groups)
         for steps in (1600, 1200):
             trainer.train("judge drawn", steps=steps, lr=1e-3)
-        held_out = drawn_pool(JanusPolicy.load(self.work / "base"), 1_200, seed=19, split="test")
-        trainer.test("judge drawn", held_out, own_pairs(held_out), 0.92, 0.90)
+        trainer.save(self.work / "judge_drawn")
+
+    def judge_policy(self) -> None:
+        """The learned judge, on what the finished policy draws; agreement is measured on held-out prompts.
+
+        Half of the images are drawn with guidance: sharper ones, nearer to those that reinforcement leads to. The last
+        pass makes it strict.
+        """
+        policy = JanusPolicy.load(self.assets / "policy")
+        groups = self._judge_groups(drawn_pool(policy, 16_000, seed=31, guidance=(1.0, 2.0)), own=0.45, near=0.3)
+        judge, tokenizer = load_judge(self.work / "judge_drawn")
+        JudgeTrainer(judge, tokenizer, groups).train("judge policy", steps=1400, lr=1e-3)
+        trainer = JudgeTrainer(judge, tokenizer, groups, seed=8, wrong_share=0.65)
+        trainer.train("judge policy, strict", steps=1200, lr=1e-3)
+        held_out = drawn_pool(policy, 1_600, seed=19, split="test")
+        trainer.test("judge policy", held_out, own_pairs(held_out), 0.92, 0.90)
         trainer.save(self.assets / "judge")
+
+    def _judge_groups(self, drawn: Pool, own: float, near: float) -> list[tuple[Pool, list[Pair], float]]:
+        """Drawn images under their own prompt and under near misses, and a quarter of spliced ones, likewise."""
+        spliced = Pool.load(self.work / "spliced.npz")
+        shares = ((drawn, own, near), (spliced, 0.1, 0.15))
+        groups = []
+        for pool, share, near_share in shares:
+            groups += [(pool, own_pairs(pool), share), (pool, near_miss_pairs(pool, seed=22), near_share)]
+        return groups
 
     def sft(self) -> None:
         """The three skills together, on renders and on the policy's own images."""
@@ -172,7 +193,7 @@ class Build:
 
 
 def main() -> None:
-    stages = ("vq", "pools", "tower", "judge", "base", "drawn", "judge_drawn", "sft", "verdict")
+    stages = ("vq", "pools", "tower", "judge", "base", "drawn", "judge_drawn", "sft", "verdict", "judge_policy")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for what lies between the stages")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the result")

@@ -27,15 +27,25 @@ class JudgeTrainer:
     The words after the answer are never asked for later. They are there because they teach where to look: from the
     bare answer, one bit an image, a model of this size learns several times more slowly.
 
-    groups: lists of (pool, pairs, share of a batch); classes are balanced inside each group.
+    groups:      lists of (pool, pairs, share of a batch).
+    wrong_share: share of "no" in every group. A defect is harder to see than its absence, so a judge of balanced classes
+                 says "yes" too often, and a policy learns to draw what it lets pass.
     """
 
-    def __init__(self, judge, tokenizer, groups: list[tuple[Pool, list[Pair], float]], seed: int = 7) -> None:
+    def __init__(
+        self,
+        judge,
+        tokenizer,
+        groups: list[tuple[Pool, list[Pair], float]],
+        seed: int = 7,
+        wrong_share: float = 0.5,
+    ) -> None:
         self.judge, self.format = judge, JudgeFormat(tokenizer, judge.config)
         self.groups = [
             (pool, {t: [p for p in pairs if p.correct == t] for t in (True, False)}, share)
             for pool, pairs, share in groups
         ]
+        self.shares = {True: 1 - wrong_share, False: wrong_share}
         self.rng = np.random.default_rng(seed)
 
     def _batch(self, size: int) -> tuple[list[str], list[list[int]], np.ndarray, torch.Tensor]:
@@ -43,7 +53,7 @@ class JudgeTrainer:
         questions, answers, images, truth = [], [], [], []
         for pool, pairs, share in self.groups:
             for correct in (True, False):
-                count = max(1, round(size * share / 2))
+                count = self._count(size, share, correct)
                 for i in self.rng.integers(len(pairs[correct]), size=count):
                     pair = pairs[correct][i]
                     questions.append(JUDGE_QUESTION.replace("{prompt}", pair.spec.text))
@@ -51,6 +61,9 @@ class JudgeTrainer:
                     images.append(pool.images[pair.image])
                     truth.append(correct)
         return questions, answers, np.stack(images), torch.tensor(truth)
+
+    def _count(self, size: int, share: float, correct: bool) -> int:
+        return max(1, round(size * share * self.shares[correct]))
 
     def _answer(self, pair: Pair) -> list[int]:
         """yes or no, then the reason's words: "no, the circle is blue, not red."."""
@@ -89,7 +102,7 @@ class JudgeTrainer:
             right = (self.format.p_yes(logits.detach()) > 0.5) == truth
             values, start = {"loss": loss.item()}, 0
             for number, (_, _, share) in enumerate(self.groups):
-                stop = start + 2 * max(1, round(batch * share / 2))
+                stop = start + sum(self._count(batch, share, correct) for correct in (True, False))
                 values[f"group_{number}"] = right[start:stop].float().mean().item()
                 start = stop
             meter.update(step, **values)

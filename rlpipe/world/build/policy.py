@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +43,23 @@ def train(
     return learner.policy
 
 
-def drawn_pool(policy: JanusPolicy, count: int, seed: int, split: str = "train", group: int = 4) -> Pool:
-    """Images that the policy drew for prompts of a split, `group` of each prompt."""
+def drawn_pool(
+    policy: JanusPolicy,
+    count: int,
+    seed: int,
+    split: str = "train",
+    group: int = 4,
+    guidance: Sequence[float] = (1.0,),
+) -> Pool:
+    """Images that the policy drew for prompts of a split, `group` of each prompt; the guidance scales take turns."""
     rng = random.Random(seed)
     specs = [spec for _ in range(count // group) for spec in [sample_spec(rng, split)] * group]
     decoder = Decoder(policy)
     codes = []
-    for start in range(0, len(specs), 256):
+    for number, start in enumerate(range(0, len(specs), 256)):
         part = specs[start : start + 256]
-        samplings = [Sampling(seed=rng.getrandbits(31)) for _ in part]
+        scale = guidance[number % len(guidance)]
+        samplings = [Sampling(seed=rng.getrandbits(31), guidance=scale) for _ in part]
         prompts = [Prompt(f"{start + i}", spec.text, spec.metadata) for i, spec in enumerate(part)]
         rollouts = draw_only(decoder, prompts, samplings, [p.id for p in prompts], 0)
         codes += [r.trajectory.segments[0].token_ids for r in rollouts]
