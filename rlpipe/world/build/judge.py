@@ -28,8 +28,8 @@ class JudgeTrainer:
     bare answer, one bit an image, a model of this size learns several times more slowly.
 
     groups:      lists of (pool, pairs, share of a batch).
-    wrong_share: share of "no" in every group. A defect is harder to see than its absence, so a judge of balanced classes
-                 says "yes" too often, and a policy learns to draw what it lets pass.
+    wrong_share: share of "no" in every group. A defect is harder to see than its absence, so a judge of balanced
+                 classes says "yes" too often, and a policy learns to draw what it lets pass.
     """
 
     def __init__(
