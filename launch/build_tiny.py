@@ -1,8 +1,8 @@
 """Rebuild the tiny world's checkpoints and prompt files from nothing: `python launch/build_tiny.py --work DIR`.
 
 Stages, each resumable (a finished stage's files in the work folder are not made again), each with the accuracy that
-it must reach: vq, pools, tower, judge, base, drawn, judge_drawn, sft, verdict, judge_policy. The result lands in
-rlpipe/world/assets.
+it must reach: vq, pools, tower, judge, base, drawn, judge_drawn, sft, verdict, own, verdict_own, judge_own. The result
+lands in rlpipe/world/assets.
 """
 
 from __future__ import annotations
@@ -129,22 +129,6 @@ class Build:
             trainer.train("judge drawn", steps=steps, lr=1e-3)
         trainer.save(self.work / "judge_drawn")
 
-    def judge_policy(self) -> None:
-        """The learned judge, on what the finished policy draws; agreement is measured on held-out prompts.
-
-        Half of the images are drawn with guidance: sharper ones, nearer to those that reinforcement leads to. The last
-        pass makes it strict.
-        """
-        policy = JanusPolicy.load(self.assets / "policy")
-        groups = self._judge_groups(drawn_pool(policy, 16_000, seed=31, guidance=(1.0, 2.0)), own=0.45, near=0.3)
-        judge, tokenizer = load_judge(self.work / "judge_drawn")
-        JudgeTrainer(judge, tokenizer, groups).train("judge policy", steps=1400, lr=1e-3)
-        trainer = JudgeTrainer(judge, tokenizer, groups, seed=8, wrong_share=0.65)
-        trainer.train("judge policy, strict", steps=1200, lr=1e-3)
-        held_out = drawn_pool(policy, 1_600, seed=19, split="test")
-        trainer.test("judge policy", held_out, own_pairs(held_out), 0.92, 0.90)
-        trainer.save(self.assets / "judge")
-
     def _judge_groups(self, drawn: Pool, own: float, near: float) -> list[tuple[Pool, list[Pair], float]]:
         """Drawn images under their own prompt and under near misses, and a quarter of spliced ones, likewise."""
         spliced = Pool.load(self.work / "spliced.npz")
@@ -163,23 +147,52 @@ class Build:
 
     def verdict(self) -> None:
         """More of the same with judging foremost: it is the skill that takes longest. Two passes, each cooled down."""
-        mix = SftSection(draw=0.07, judge=0.75, redraw=0.18)
-        source = self.work / "sft"
-        for number, steps in enumerate((900, 700)):
-            policy = train("verdict", source, self._examples(), mix, steps=steps, lr=8e-4, trainable=LANGUAGE)
-            source = self.work / f"verdict_{number}"
-            policy.save(source, dtype=torch.bfloat16)
-        self._accuracy("verdict", source, "with", 0.55)
-        decoder = Decoder(JanusPolicy.load(source))
+        self._judging("sft", "verdict_0", steps=900, drawn="drawn")
+        self._judging("verdict_0", "verdict_1", steps=700, drawn="drawn")
+        self._accuracy("verdict", "verdict_1", "with", 0.55)
+
+    def own(self) -> None:
+        """Images that the policy itself draws, and their smallest corrections.
+
+        Half of them with guidance: sharper ones, nearer to those that reinforcement leads to.
+        """
+        policy = JanusPolicy.load(self.work / "verdict_1")
+        pool = drawn_pool(policy, 16_000, seed=31, guidance=(1.0, 2.0))
+        pool.save(self.work / "own.npz")
+        np.save(self.work / "own_corrections.npy", corrections(policy, pool, range(len(pool)), 17))
+
+    def verdict_own(self) -> None:
+        """Judging once more, on its own images: the mistakes that it will meet."""
+        policy = self._judging("verdict_1", "verdict_2", steps=900, drawn="own")
+        self._accuracy("verdict own", "verdict_2", "with", 0.55)
+        decoder = Decoder(JanusPolicy.load(self.work / "verdict_2"))
         prompts = load_prompts(self.assets / "prompts_test.jsonl")
         cases = near_miss_verdicts(decoder, near_miss_cases(decoder, prompts, seed=21))
         value = balanced_accuracy([c.said_yes for c in cases], [c.truth for c in cases])
-        require("verdict", "verdict on near misses, balanced", value or 0.0, 0.85)
-        decoder.policy.save(self.assets / "policy", dtype=torch.bfloat16)
+        require("verdict own", "verdict on near misses, balanced", value or 0.0, 0.85)
+        policy.save(self.assets / "policy", dtype=torch.bfloat16)
 
-    def _examples(self) -> WorldExamples:
-        rendered, drawn = Pool.load(self.work / "rendered.npz"), Pool.load(self.work / "drawn.npz")
-        correction = np.load(self.work / "corrections.npy")
+    def judge_own(self) -> None:
+        """The learned judge, on what the policy draws; agreement is measured on held-out prompts. Strict in the end."""
+        groups = self._judge_groups(Pool.load(self.work / "own.npz"), own=0.45, near=0.3)
+        judge, tokenizer = load_judge(self.work / "judge_drawn")
+        JudgeTrainer(judge, tokenizer, groups).train("judge own", steps=1400, lr=1e-3)
+        trainer = JudgeTrainer(judge, tokenizer, groups, seed=8, wrong_share=0.65)
+        trainer.train("judge own, strict", steps=1200, lr=1e-3)
+        held_out = drawn_pool(JanusPolicy.load(self.assets / "policy"), 1_600, seed=19, split="test")
+        trainer.test("judge own", held_out, own_pairs(held_out), 0.92, 0.90)
+        trainer.save(self.assets / "judge")
+
+    def _judging(self, source: str, target: str, steps: int, drawn: str) -> JanusPolicy:
+        mix = SftSection(draw=0.07, judge=0.75, redraw=0.18)
+        examples = self._examples(drawn)
+        policy = train("verdict", self.work / source, examples, mix, steps=steps, lr=8e-4, trainable=LANGUAGE)
+        policy.save(self.work / target, dtype=torch.bfloat16)
+        return policy
+
+    def _examples(self, name: str = "drawn") -> WorldExamples:
+        rendered, drawn = Pool.load(self.work / "rendered.npz"), Pool.load(self.work / f"{name}.npz")
+        correction = np.load(self.work / ("corrections.npy" if name == "drawn" else f"{name}_corrections.npy"))
         templates = JanusPolicy.load(self.work / "base").templates
         return WorldExamples(rendered, drawn, correction, templates, SAMPLING, seed=20, correction_share=1.0)
 
@@ -193,7 +206,8 @@ class Build:
 
 
 def main() -> None:
-    stages = ("vq", "pools", "tower", "judge", "base", "drawn", "judge_drawn", "sft", "verdict", "judge_policy")
+    first = ("vq", "pools", "tower", "judge", "base", "drawn", "judge_drawn", "sft")
+    stages = (*first, "verdict", "own", "verdict_own", "judge_own")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for what lies between the stages")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the result")

@@ -98,6 +98,9 @@ class CreditSection:
     reflection_weight: float = 1.0
     final_weight: float = 1.0
     """Weights of the three spans' terms; the official total is their plain mean."""
+    balance_verdicts: bool = False
+    """Weigh reflections so that images that match and images that do not count alike in a step. As right images become
+    the majority, calling everything right pays ever more; this keeps the verdict honest about the rest."""
     max_failed_share: float = 0.25
     """Share of missing scores in one step above which the run stops with a checkpoint."""
 

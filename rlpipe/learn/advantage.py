@@ -129,6 +129,8 @@ def assign_credit(
     finals = [RULES[section.rule](rollout.trajectory) for rollout in rollouts]
     rewards = span_rewards([r.trajectory for r in rollouts], probabilities, finals)
     advantages = {name: group_advantages(rewards[name], groups, section.std_eps) for name in SPANS}
+    if section.balance_verdicts:
+        advantages["reflection"] = advantages["reflection"] * verdict_weights(rewards["first"])
     items = []
     for index, (rollout, final) in enumerate(zip(rollouts, finals, strict=True)):
         own = {name: float(advantages[name][index]) for name in SPANS}
@@ -137,6 +139,16 @@ def assign_credit(
         items.append(TrainItem(rollout.trajectory, rollout.images, credits, stored))
     batch = TrainBatch(tuple(items), float(len(SPANS) * len(items)))
     return Credited(batch, rewards, advantages, _metrics(rewards, advantages, groups, probabilities))
+
+
+def verdict_weights(probabilities: np.ndarray) -> np.ndarray:
+    """Weights [N], of mean 1, under which images that match and images that do not count alike; NaN stays NaN.
+
+    probabilities: float64 [N], P(yes) of the images that were looked at. A class that is rarer than one in ten counts
+                   as one in ten.
+    """
+    share = float(np.clip(np.nanmean(probabilities), 0.1, 0.9)) if not np.isnan(probabilities).all() else 0.5
+    return 0.5 * (probabilities / share + (1.0 - probabilities) / (1.0 - share))
 
 
 def span_rewards(

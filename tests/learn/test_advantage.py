@@ -14,6 +14,7 @@ from rlpipe.learn.advantage import (
     extend,
     group_advantages,
     reference_items,
+    verdict_weights,
 )
 from rlpipe.learn.loss import TokenTerms, policy_loss, token_terms
 from rlpipe.learn.replay import lay_out, segment_logprobs, token_logprobs
@@ -149,3 +150,16 @@ def test_reference_items_ask_for_every_segment(tiny_policy):
     found = segment_logprobs(tiny_policy, reference_items(drawn))
     assert [[len(v) for v in row] for row in found] == [[len(s) for s in r.trajectory.segments] for r in drawn]
     assert all(np.isfinite(values).all() for row in found for values in row)
+
+
+def test_balanced_verdicts_give_both_classes_the_same_weight() -> None:
+    probabilities = np.array([1.0, 1.0, 1.0, 0.0])
+    weights = verdict_weights(probabilities)
+    assert weights[:3].sum() == pytest.approx(weights[3])
+    assert weights.mean() == pytest.approx(1.0)
+
+
+def test_a_missing_score_has_no_verdict_weight_and_leaves_the_shares_alone() -> None:
+    weights = verdict_weights(np.array([1.0, np.nan, 0.0]))
+    assert np.isnan(weights[1])
+    assert weights[[0, 2]].tolist() == pytest.approx([1.0, 1.0])
