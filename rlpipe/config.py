@@ -25,6 +25,7 @@ from rlpipe.schema import (
     CreditSection,
     DataSection,
     EvaluateSection,
+    GenerateSection,
     LearnerSection,
     LossSection,
     ObserveSection,
@@ -45,6 +46,7 @@ __all__ = [
     "CreditSection",
     "DataSection",
     "EvaluateSection",
+    "GenerateSection",
     "LearnerSection",
     "LossSection",
     "ObserveSection",
@@ -108,8 +110,8 @@ def to_yaml(config: Config) -> str:
 def validate(config: Config, job: str = "grpo") -> Config:
     """Check ranges, choices, rules across fields and files; all problems in one ConfigError, one line each.
 
-    job: "grpo" needs training prompts and scorers, "sft" does without. Prompt files are read, so that a bad
-    row is named before anything starts.
+    job: "grpo" needs training prompts and scorers, "sft" does without, "generate" neither trains nor measures.
+    Prompt files are read, so that a bad row is named before anything starts.
     """
     problems = problems_of(config, job)
     if problems:

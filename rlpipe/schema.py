@@ -16,9 +16,42 @@ class RunSection:
 
 
 @dataclass
+class TemplateSection:
+    """The fixed strings around captions, images and reflections; the defaults are the official ones."""
+
+    prompt: str = "<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>"
+    """What an image is drawn for; begin-of-sentence goes before it."""
+    look: str = "<end_of_image>\nLet me think Does this image match the prompt..."
+    """What follows an image that is looked at."""
+    redraw: str = "<｜end▁of▁sentence｜>\nNext, I will draw a new image<begin_of_image>"
+    """What follows a reflection before the next image."""
+    edit: str = (
+        "<|User|>: <begin_of_image>{source}<end_of_image>{instruction} Please generate an image."
+        "\n\n<|Assistant|>:<begin_of_image>"
+    )
+    """What an edited image is drawn for; begin-of-sentence goes before it."""
+
+
+@dataclass
+class LoraSection:
+    rank: int = 0
+    """Rank of the low-rank adapters that are trained in place of the parts in policy.trainable; 0: none."""
+    alpha: float = 32.0
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Of an adapter's input; supervised fine-tuning only."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of the parts in policy.trainable that get an adapter, by the last piece of their names."""
+
+
+@dataclass
 class PolicySection:
     path: str = "rlpipe/world/assets/policy"
-    """Folder of a JanusForConditionalGeneration checkpoint with its tokenizer.json."""
+    """Folder of a Janus checkpoint, in the original layout or in transformers', with its tokenizer.json."""
+    overlay: str | None = None
+    """File with a state dict (.pth, .safetensors) whose tensors replace those of `path`."""
     dtype: str = "float32"
     """Compute type of sampler, reference and learner: float32 or bfloat16 (the masters stay float32)."""
     trainable: list[str] = field(
@@ -32,6 +65,10 @@ class PolicySection:
         ]
     )
     """Parts that receive gradients (official set); the vision tower and the VQ tokenizer stay frozen."""
+    lora: LoraSection = field(default_factory=LoraSection)
+    max_prompt_tokens: int = 200
+    """Most tokens of a prompt with its frame (official 200; the source image of an edit not counted)."""
+    templates: TemplateSection = field(default_factory=TemplateSection)
 
 
 @dataclass
@@ -39,6 +76,8 @@ class DataSection:
     prompts: str = "rlpipe/world/assets/prompts_train.jsonl"
     """Training prompts: .txt (one a line), .jsonl, .parquet, or a folder saved by `datasets`."""
     shuffle: bool = True
+    long_prompts: str = "refuse"
+    """Prompts over policy.max_prompt_tokens: refuse to start, or cut the end of the caption."""
 
 
 @dataclass
@@ -60,10 +99,18 @@ class RolloutSection:
     text_top_p: float = 1.0
     max_reflection_tokens: int = 24
     max_images: int = 2
+    program: str = "introspect"
+    """introspect: draw, look, draw again. draw: one image, no reflection. edit: the prompt is an instruction, its
+    source_image is what it edits."""
     redraw: str = "on_no"
-    """on_no: a second image only after "No". always: for every trajectory (credit v3 needs it)."""
+    """on_no: another image only after "No". always: whatever the verdict (credit v3 needs it)."""
     redraw_context: str = "sampled"
-    """The first image while the second is drawn: its sampled codes, or its pixels reencoded (official)."""
+    """An earlier image while the next is drawn: its sampled codes, or its pixels reencoded (official)."""
+    history: str = "last"
+    """What reflection and redraw look back at from the third image on: the last image, or all of them (paper)."""
+    reflection_room: str = "fixed"
+    """Positions of a reflection while the next image is drawn. fixed: max_reflection_tokens. exact: its tokens.
+    group: those of the longest reflection of its prompt's group (official)."""
     timeout_s: float = 600.0
 
 
@@ -91,13 +138,17 @@ class ScorerSection:
 @dataclass
 class CreditSection:
     rule: str = "v1"
-    """Which scores credit which segment: v1 (official default), v2, v3."""
+    """Which scores credit which segment: v1 (official default), v2, v3; summed (paper: one advantage for the whole
+    trajectory); segments (every image and reflection by its own score); single (draw and edit: one image)."""
+    std: str = "sample"
+    """Standard deviation of a group: sample (n - 1, official), population (n), none (advantage is reward - mean)."""
     std_eps: float = 1e-4
     """Added to the group's standard deviation (official 1e-4)."""
     first_weight: float = 1.0
     reflection_weight: float = 1.0
     final_weight: float = 1.0
-    """Weights of the three spans' terms; the official total is their plain mean."""
+    """Weights of the terms of first image, reflections and final image (`segments`: any later image); the official
+    total is their plain mean. `summed` and `single` have one term."""
     balance_verdicts: bool = False
     """Weigh reflections so that images that match and images that do not count alike in a step. As right images become
     the majority, calling everything right pays ever more; this keeps the verdict honest about the rest."""
@@ -110,13 +161,16 @@ class LossSection:
     logits: str = "guided"
     """guided: the distribution that was sampled. scaled: guided logits / guidance (official). conditional: no
     guidance."""
-    clip: float = 0.2
+    clip: float | None = 0.2
+    """Range around 1 of the ratio to the sampler; null: no clipping (official editing)."""
     kl_beta: float = 0.04
     verdict: str = "restricted"
     """First reflection token: scored over {Yes, No} as it was sampled (restricted), or over the vocabulary
     (full, official)."""
     train_eos: bool = True
     """Whether the reflection's end-of-sentence token is in the loss (official: no)."""
+    context: str = "live"
+    """Embeddings of what a scored segment looks back at: live (they receive gradients) or constant (official)."""
     verdict_ce_share: float = 0.8
     """Supervised reflections: weight of the verdict token; the mean of the other tokens has the rest."""
     max_mismatch: float = 1.0
@@ -129,6 +183,8 @@ class ReferenceSection:
     replicas: int = 1
     path: str | None = None
     """Checkpoint of the reference policy; none: the policy's own."""
+    context: str = "own"
+    """Embeddings of what a scored segment looks back at: the reference's own, or the policy's (official)."""
     num_cpus: float = 0.5
     num_gpus: float = 0.0
     threads: int = 2
@@ -145,8 +201,8 @@ class LearnerSection:
     min_lr: float = 2e-5
     warmup_steps: int = 10
     schedule: str = "cosine"
-    """constant, linear, cosine (all after a linear warm-up), or linear_then_linear / linear_then_cosine
-    (official, paper) through convert_lr at convert_steps."""
+    """After a linear warm-up: constant, linear, cosine, or linear_then_linear / linear_then_cosine (official, paper)
+    through convert_lr at convert_steps, whose step 0 has rate 0."""
     convert_steps: int = 0
     convert_lr: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -169,19 +225,99 @@ class TrainSection:
 
 
 @dataclass
+class DeclineSection:
+    """Reaction to a declining reward curve; the rule is that of `rlpipe/learn/decline.py`."""
+
+    action: str = "none"
+    """none, or react: a sharp fall of the mean trajectory reward lowers the learning rate, a slow decline lowers the
+    KL weight while the reference is young, else makes the present policy the reference (paper, by hand there)."""
+    window: int = 10
+    """Steps that a point of the curve is the mean of."""
+    sharp_fall: float = 0.15
+    """Fall against the window before, as a share, from which on it is sharp."""
+    slow_fall: float = 0.05
+    """Fall against the best point, as a share, that counts as a decline after `patience` steps in a row."""
+    patience: int = 10
+    cooldown: int = 10
+    """Steps after a reaction in which nothing is measured."""
+    lr_factor: float = 0.5
+    """Of the learning rate at a sharp fall (paper: 1/2 or 2/3)."""
+    kl_factor: float = 0.5
+    """Of the KL weight at a slow decline with a young reference."""
+    reference_age: int = 100
+    """Steps since the reference was taken from which on it is no longer young."""
+
+
+@dataclass
 class SftSection:
     draw: float = 0.4
     judge: float = 0.4
     redraw: float = 0.2
-    """Mixing ratio of the three sub-tasks; one task is drawn per step, the same on every rank."""
+    edit: float = 0.0
+    """Mixing ratio of the sub-tasks; one task is drawn per step, the same on every rank; 0 leaves a task out."""
     batch_size: int = 64
     prompt_dropout: float = 0.1
-    """Share of drawings whose prompt is blanked, so that guidance has an unconditional model."""
+    """Share of drawings, redrawings and edits whose prompt is blanked, so that guidance has an unconditional model."""
     data: str = ""
-    """Folder with rendered.npz, drawn.npz and corrections.npy as `launch/build_tiny.py` leaves them; empty: the tiny
-    world's generator makes examples."""
+    """Folder with labels/<source>_<threshold>.jsonl (official layout, `launch/build_data.py`), or with rendered.npz,
+    drawn.npz and corrections.npy of `launch/build_tiny.py`; empty: the tiny world's generator makes examples."""
+    labels: list[str] = field(default_factory=list)
+    """Label files to read, in place of every labels/*.jsonl of sft.data."""
+    root: str | None = None
+    """Folder that img_path is relative to; none: sft.data or the nearest folder above it that has the first image."""
+    label_by: str = "state"
+    """Which images are right and wrong: by the label's state (official), or by its prob and the bounds below."""
+    target_prob: float = 0.8
+    positive_prob: float = 0.7
+    negative_prob: float = 0.5
+    """label_by prob (paper): least score of an image to draw, least of one judged Yes; below the last it is a No."""
+    target_sources: list[str] = field(default_factory=list)
+    """Sources (file name up to the last "_") whose right images are drawn and redrawn; empty: all (official: flux)."""
+    judge_sources: list[str] = field(default_factory=list)
+    """Sources whose images are judged; empty: all (official: flux). Wrong images to redraw come from all sources."""
+    max_context_images: int = 1
+    """Most images before the target, each with its reflection: 1 (official) or up to 3 (paper). Several are wrong
+    images of the prompt in the order of their scores, and need rollout.history=all."""
+    redraw_roles: str = "chat"
+    """Roles in the prompt of a redrawing: chat (as everywhere), or plain ("User", "Assistant"; official)."""
+    edits: str = ""
+    """JSONL of edits: {"image1": source, "image2": target, "text": instruction}; images relative to its folder."""
     num_samples: int = 20000
     """Examples that the tiny world's generator makes."""
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    threads: int = 2
+    """Of the actor that builds batches; with a GPU it encodes label images there."""
+    pixel_cache: int = 512
+    """Decoded label images that it keeps in memory."""
+
+
+@dataclass
+class FactorySection:
+    out: str = "runs/sft_data"
+    """Folder of the set: labels/, images/, shards/; what is finished there is not made again."""
+    source: str = "janus"
+    """Name of the drawn images: images/<source>/, labels/<source>_<positive_prob>.jsonl."""
+    images_per_prompt: int = 18
+    """Images that the policy draws for every prompt (paper: 18); 0: label only factory.images."""
+    images: str = ""
+    """Images made elsewhere: a folder of <prompt>_<number>.png, or a JSONL of {"id": prompt, "images": [paths]}."""
+    images_source: str = "flux"
+    """Name of the images made elsewhere."""
+    shard_size: int = 64
+    """Prompts of one shard: what is lost when the job is interrupted."""
+    limit: int = 0
+    """Use only the first so many prompts; 0: all."""
+    positive_prob: float = 0.7
+    negative_prob: float = 0.7
+    """Score from which an image is right, and below which it is wrong (official 0.7, 0.7; paper 0.7, 0.5)."""
+    question: str | None = None
+    """What the judge is asked for its reason; none: the scorer's own question."""
+    reason_tokens: int = 128
+    reason_sentences: int = 0
+    """Sentences of a reason that are kept; 0: all."""
+    max_failed_share: float = 0.25
+    """Share of images of a shard without score above which the job stops."""
 
 
 @dataclass
@@ -193,6 +329,25 @@ class EvaluateSection:
     guidance_sweep: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     """Guidance scales at which the SFT policy is measured besides rollout.guidance, to find its own best."""
     seed: int = 20_000
+
+
+@dataclass
+class GenerateSection:
+    """What `launch/generate.py` makes; how it draws is in `rollout`."""
+
+    caption: str = ""
+    """The one prompt; empty: those of data.prompts."""
+    images: str = ""
+    """Look at given images alone, or edit them (rollout.program=edit): one image or a folder of them with the caption,
+    or prompts with a source_image each."""
+    samples: int = 4
+    """Samples of each prompt (official --parallel_size)."""
+    verdict_threshold: float | None = None
+    """Say Yes exactly where P(Yes) is above it; null: the verdict is sampled."""
+    batch_size: int = 16
+    """Samples that a worker draws at once."""
+    dir: str = "results"
+    """Folder of the images and their records."""
 
 
 @dataclass
@@ -232,7 +387,10 @@ class Config:
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
     train: TrainSection = field(default_factory=TrainSection)
+    decline: DeclineSection = field(default_factory=DeclineSection)
     sft: SftSection = field(default_factory=SftSection)
+    factory: FactorySection = field(default_factory=FactorySection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    generate: GenerateSection = field(default_factory=GenerateSection)
     observe: ObserveSection = field(default_factory=ObserveSection)
     placement: PlacementSection = field(default_factory=PlacementSection)

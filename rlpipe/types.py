@@ -38,7 +38,17 @@ class Sampling:
     guidance:    classifier-free guidance scale of image tokens; 1.0 draws from the conditional alone.
     top_k/top_p: 0 and 1.0 switch truncation off (the official rollouts use none).
     max_reflection_tokens: length limit of one reflection, end-of-sentence included.
+    max_images:  most images of a trajectory; 1 ends with the reflection on the only image.
     redraw:      "on_no" draws again only after "No"; "always" draws again whatever the verdict (credit v3).
+    redraw_context: how an earlier image enters while the next is drawn: as its sampled codes, or as the codes of its
+                 decoded pixels ("reencoded", official code).
+    history:     what a reflection and a redraw look back at: the "last" image and what was said of it, or "all"
+                 images and reflections before (paper, appendix).
+    reflection_room: positions that a reflection takes while the next image is drawn. "fixed": max_reflection_tokens.
+                 "exact": those of its tokens without end-of-sentence. "group": those of the longest reflection,
+                 end-of-sentence included, among the rows of the same prompt (official code).
+    verdict_threshold: None samples the verdict. Otherwise it is Yes exactly if P(Yes) among {Yes, No} is above the
+                 threshold; nobody sampled it then, so such a trajectory cannot be trained on.
     """
 
     seed: int = 0
@@ -53,6 +63,9 @@ class Sampling:
     max_images: int = 2
     redraw: Literal["on_no", "always"] = "on_no"
     redraw_context: Literal["sampled", "reencoded"] = "sampled"
+    history: Literal["last", "all"] = "last"
+    reflection_room: Literal["fixed", "exact", "group"] = "fixed"
+    verdict_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +77,15 @@ class Segment:
                or None where nobody sampled it (supervised examples, contexts).
     context_ids: int64 [T] or None. For an image of `redraw_context: reencoded`, the codes of its decoded pixels,
                which stand in for `token_ids` when a later segment looks back at it.
+    room:      for a reflection, the positions it takes where a later image looks back at it, if that is not what
+               `Sampling.reflection_room` alone tells ("group"); None otherwise.
     """
 
     kind: SegmentKind
     token_ids: np.ndarray
     logprobs: np.ndarray | None = None
     context_ids: np.ndarray | None = None
+    room: int | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -80,7 +96,8 @@ class Trajectory:
     """A prompt and what the policy made of it: image [, text [, image [, text ...]]].
 
     `verdicts[i]` is True where text segment number i says "Yes". `truncated[i]` is True where it met the length
-    limit before its end-of-sentence token.
+    limit before its end-of-sentence token. `source_codes` int64 [N] are the VQ codes of the image that an edit
+    starts from; its only segment is then the edited image.
     """
 
     id: str
@@ -90,6 +107,7 @@ class Trajectory:
     policy_version: int = 0
     verdicts: tuple[bool, ...] = ()
     truncated: tuple[bool, ...] = ()
+    source_codes: np.ndarray | None = None
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -113,19 +131,27 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A trajectory with its decoded pixels: one uint8 [H, W, 3] array per image segment, in order."""
+    """A trajectory with its decoded pixels: one uint8 [H, W, 3] array per image segment, in order.
+
+    source: uint8 [H, W, 3], the image that an edit starts from; None without one.
+    """
 
     trajectory: Trajectory
     images: tuple[np.ndarray, ...]
+    source: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """One question to a scorer: does `image` (uint8 [H, W, 3]) show `prompt`?"""
+    """One question to a scorer: does `image` (uint8 [H, W, 3]) show `prompt`?
+
+    source: uint8 [H, W, 3] where the prompt is an instruction and `image` the edited source; None otherwise.
+    """
 
     id: str
     prompt: Prompt
     image: np.ndarray
+    source: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

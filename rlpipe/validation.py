@@ -10,105 +10,25 @@ from typing import Any
 
 import yaml
 
+from rlpipe.data.factory import factory_problems
+from rlpipe.data.labels import sft_problems
+from rlpipe.data.outputs import Results, generation_prompts, program_of, settings_of
 from rlpipe.data.prompts import PromptError, load_prompts
+from rlpipe.limits import ABOVE_ZERO, AT_LEAST, CHOICES, SHARES
 from rlpipe.paths import resolve_path
 from rlpipe.schema import Config
 
-CHOICES = {
-    "policy.dtype": ("float32", "bfloat16"),
-    "rollout.redraw": ("on_no", "always"),
-    "rollout.redraw_context": ("sampled", "reencoded"),
-    "rollout.max_images": (1, 2),
-    "credit.rule": ("v1", "v2", "v3"),
-    "loss.logits": ("guided", "scaled", "conditional"),
-    "loss.verdict": ("restricted", "full"),
-    "learner.schedule": ("constant", "linear", "cosine", "linear_then_linear", "linear_then_cosine"),
-    "observe.terminal": ("auto", "plain", "off"),
-}
-AT_LEAST = {
-    "seed": 0,
-    "max_staleness": 0,
-    "rollout.workers": 1,
-    "rollout.num_cpus": 0,
-    "rollout.num_gpus": 0,
-    "rollout.threads": 1,
-    "rollout.groups_per_call": 1,
-    "rollout.image_top_k": 0,
-    "rollout.text_top_k": 0,
-    "rollout.max_reflection_tokens": 1,
-    "reward.*.weight": 0,
-    "reward.*.replicas": 1,
-    "reward.*.num_cpus": 0,
-    "reward.*.num_gpus": 0,
-    "reward.*.threads": 1,
-    "reward.*.batch_size": 1,
-    "reward.*.retries": 0,
-    "credit.std_eps": 0,
-    "credit.first_weight": 0,
-    "credit.reflection_weight": 0,
-    "credit.final_weight": 0,
-    "loss.kl_beta": 0,
-    "reference.replicas": 1,
-    "reference.num_cpus": 0,
-    "reference.num_gpus": 0,
-    "reference.threads": 1,
-    "learner.ranks": 1,
-    "learner.num_cpus": 0,
-    "learner.num_gpus": 0,
-    "learner.threads": 1,
-    "learner.min_lr": 0,
-    "learner.warmup_steps": 0,
-    "learner.convert_steps": 0,
-    "learner.convert_lr": 0,
-    "learner.weight_decay": 0,
-    "learner.micro_batch": 1,
-    "train.steps": 1,
-    "train.prompts_per_step": 1,
-    "train.group_size": 2,
-    "train.checkpoint_every": 1,
-    "train.keep_checkpoints": 1,
-    "sft.draw": 0,
-    "sft.judge": 0,
-    "sft.redraw": 0,
-    "sft.batch_size": 1,
-    "sft.num_samples": 1,
-    "evaluate.limit": 0,
-    "evaluate.batch_size": 1,
-    "evaluate.seed": 0,
-    "observe.gallery_every": 1,
-    "observe.gallery_size": 0,
-    "placement.local_cpus": 1,
-}
-ABOVE_ZERO = {
-    "rollout.guidance",
-    "rollout.image_temperature",
-    "rollout.text_temperature",
-    "rollout.timeout_s",
-    "reward.*.timeout_s",
-    "loss.clip",
-    "loss.max_mismatch",
-    "reference.timeout_s",
-    "learner.lr",
-    "learner.eps",
-    "learner.clip_norm",
-    "learner.timeout_s",
-}
-SHARES = {
-    "rollout.image_top_p",
-    "rollout.text_top_p",
-    "credit.max_failed_share",
-    "loss.verdict_ce_share",
-    "sft.prompt_dropout",
-}
-"""Between 0 and 1, both included; a top-p of 0 is refused further down."""
 ROLLOUT_DEFINES = (
     "guidance",
     "image_temperature",
     "text_temperature",
     "max_reflection_tokens",
     "max_images",
+    "program",
     "redraw",
     "redraw_context",
+    "history",
+    "reflection_room",
 )
 PARTS = (
     "language_model",
@@ -123,7 +43,11 @@ PARTS = (
 def problems_of(config: Config, job: str = "grpo") -> list[str]:
     """One line for each thing that is wrong, in the order of the schema: field, value, way out."""
     problems = [line for key, value in _values(config) for line in _range_problems(key, value)]
+    if job == "generate":
+        return problems + list(_generate_problems(config))
     problems += _sampling_problems(config)
+    if job == "grpo":
+        problems += _credit_problems(config)
     problems += _learner_problems(config)
     problems += _reward_problems(config, job)
     problems += _file_problems(config, job)
@@ -151,7 +75,7 @@ def _range_problems(key: str, value: Any) -> Iterator[str]:
         yield f"{key}: {value!r} is none of {', '.join(map(str, CHOICES[rule]))}"
     elif rule in AT_LEAST and value is not None and value < AT_LEAST[rule]:
         yield f"{key}: {value} is too small; give {AT_LEAST[rule]} or more"
-    elif rule in ABOVE_ZERO and value <= 0:
+    elif rule in ABOVE_ZERO and value is not None and value <= 0:
         yield f"{key}: {value} is not positive; give a number above 0"
     elif rule in SHARES and not 0 <= value <= 1:
         yield f"{key}: {value} is no share; give a number from 0 to 1"
@@ -161,13 +85,6 @@ def _range_problems(key: str, value: Any) -> Iterator[str]:
 
 def _sampling_problems(config: Config) -> Iterator[str]:
     rollout, loss = config.rollout, config.loss
-    if config.credit.rule == "v3" and rollout.redraw != "always":
-        yield f"rollout.redraw: {rollout.redraw!r} has no second image for credit.rule v3; set it to always"
-    if rollout.redraw == "always" and config.credit.rule != "v3":
-        yield (
-            f"rollout.redraw: 'always' draws images that credit.rule {config.credit.rule} does not credit; "
-            "set credit.rule=v3 or rollout.redraw=on_no"
-        )
     if rollout.redraw == "always" and rollout.max_images < 2:
         yield f"rollout.max_images: {rollout.max_images} is too few for rollout.redraw always; set it to 2"
     if loss.logits != "guided" and config.max_staleness > 0 and rollout.guidance != 1.0:
@@ -181,14 +98,60 @@ def _sampling_problems(config: Config) -> Iterator[str]:
             f"loss.verdict: 'full' is not the distribution that was sampled, so samples of max_staleness "
             f"{config.max_staleness} cannot be corrected; set loss.verdict=restricted or max_staleness=0"
         )
-    if config.credit.rule == "v2" and rollout.redraw_context == "reencoded":
-        yield "rollout.redraw_context: 'reencoded' gives credit.rule v2 no context after a Yes; set it to sampled"
     for key, top_k in (("image", rollout.image_top_k), ("text", rollout.text_top_k)):
         if top_k == 1:
             yield f"rollout.{key}_top_k: 1 always takes the likeliest token, which teaches nothing; give 0 or above 1"
     for scale in config.evaluate.guidance_sweep:
         if not (math.isfinite(scale) and scale > 0):
             yield f"evaluate.guidance_sweep: {scale} is no guidance scale; give numbers above 0"
+
+
+def _credit_problems(config: Config) -> Iterator[str]:
+    """Of what the credit rule needs of the rollouts, and of the reaction to a declining curve."""
+    rollout, rule, decline = config.rollout, config.credit.rule, config.decline
+    if (rollout.program == "introspect") == (rule == "single"):
+        way_out = "rollout.program=draw or edit, or another rule" if rule == "single" else "credit.rule=single"
+        yield f"credit.rule: {rule!r} does not fit the trajectories of rollout.program {rollout.program}; set {way_out}"
+    if rule in ("v1", "v2", "v3") and rollout.max_images > 2:
+        yield (
+            f"rollout.max_images: {rollout.max_images} is more than the 2 that credit.rule {rule} credits; "
+            "set it to 2, or credit.rule=summed or segments"
+        )
+    if rule == "v3" and rollout.redraw != "always":
+        yield f"rollout.redraw: {rollout.redraw!r} has no second image for credit.rule v3; set it to always"
+    if rule == "v2" and rollout.redraw_context == "reencoded" and rollout.redraw != "always":
+        yield (
+            "rollout.redraw_context: 'reencoded' gives credit.rule v2 no context after a Yes; set it to sampled, "
+            "or rollout.redraw=always"
+        )
+    for name in ("first_weight", "reflection_weight", "final_weight"):
+        if rule in ("summed", "single") and getattr(config.credit, name) != 1:
+            yield f"credit.{name}: {getattr(config.credit, name):g} has no term under credit.rule {rule}; set it to 1"
+    if decline.action != "none" and config.loss.kl_beta == 0:
+        yield (
+            f"decline.action: {decline.action!r} works on the KL weight and the reference, and loss.kl_beta is 0; "
+            "set it above 0, or decline.action=none"
+        )
+
+
+def _generate_problems(config: Config) -> Iterator[str]:
+    """Of what is drawn, and of the folder that it goes to as it is now."""
+    section, resume = config.generate, config.resume
+    if section.verdict_threshold is not None and not 0 <= section.verdict_threshold <= 1:
+        yield f"generate.verdict_threshold: {section.verdict_threshold:g} is no probability; give 0 to 1, or null"
+    if resume not in ("auto", "never"):
+        yield f"resume: {resume!r} is no way to go on with samples; give auto or never, and a checkpoint as policy.path"
+    try:
+        prompts = generation_prompts(config)
+    except PromptError as error:
+        yield from error.problems
+        prompts = []
+    checkpoint = list(_checkpoint_problems(config, job="generate"))
+    yield from checkpoint
+    if not section.dir:
+        yield "generate.dir: empty; give the folder of the samples, e.g. generate.dir=results"
+    elif prompts and not checkpoint:
+        yield from Results(section.dir, program_of(config)).problems(settings_of(config, prompts), resume)
 
 
 def _learner_problems(config: Config) -> Iterator[str]:
@@ -211,8 +174,8 @@ def _learner_problems(config: Config) -> Iterator[str]:
             yield f"learner.convert_lr: {learner.convert_lr:g}; {learner.schedule} needs a rate above 0"
     if len(learner.betas) != 2 or not all(0 <= beta < 1 for beta in learner.betas):
         yield f"learner.betas: {learner.betas}; give two numbers in [0, 1) such as [0.9, 0.95]"
-    if sft.draw + sft.judge + sft.redraw <= 0:
-        yield f"sft.draw: {sft.draw:g}, with sft.judge and sft.redraw, sums to 0; give one a share above 0"
+    if sft.draw + sft.judge + sft.redraw + sft.edit <= 0:
+        yield f"sft.draw: {sft.draw:g}, with sft.judge, sft.redraw and sft.edit, sums to 0; give one a share above 0"
     unknown = [part for part in config.policy.trainable if part not in PARTS]
     if unknown or not config.policy.trainable:
         yield f"policy.trainable: {unknown or 'nothing'} cannot be trained; choose from {', '.join(PARTS)}"
@@ -225,7 +188,8 @@ def _reward_problems(config: Config, job: str) -> Iterator[str]:
     if job == "grpo" and not any(scorer.weight > 0 for scorer in config.reward):
         yield f"reward: {len(names)} scorers with no weight above 0; give one, e.g. reward.0.weight=1"
     total = sum(scorer.weight for scorer in config.reward)
-    if job == "grpo" and config.credit.reflection_weight > 0 and 0 < total and abs(total - 1) > 1e-6:
+    reflects = config.rollout.program == "introspect" and config.credit.reflection_weight > 0
+    if job == "grpo" and reflects and 0 < total and abs(total - 1) > 1e-6:
         yield (
             f"reward: the weights sum to {total:g}; the reflection is paid for calling the score, so 1 must mean "
             "Yes: give weights that sum to 1, or set credit.reflection_weight=0"
@@ -268,6 +232,30 @@ def _defining(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _checkpoint_problems(config: Config, job: str) -> Iterator[str]:
+    """What can be told of checkpoint folders without reading a tensor."""
+    folders = [("policy.path", config.policy.path)]
+    if config.reference.path is not None and job != "generate":
+        folders.append(("reference.path", config.reference.path))
+    for key, path in folders:
+        folder = resolve_path(path)
+        missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+        if missing:
+            yield f"{key}: no {' and no '.join(missing)} in {folder}; give a Janus checkpoint folder"
+        elif not any(folder.glob(pattern) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
+            yield f"{key}: no model*.safetensors and no pytorch_model*.bin in {folder}; complete the download"
+    overlay, lora = config.policy.overlay, config.policy.lora
+    if overlay is not None and not resolve_path(overlay).is_file():
+        yield f"policy.overlay: no file {resolve_path(overlay)}; give a state dict (.pth, .safetensors) or null"
+    if lora.rank and not lora.targets:
+        yield "policy.lora.targets: no layer to adapt; give names such as q_proj, or set policy.lora.rank=0"
+    if lora.rank and lora.dropout and job == "grpo":
+        yield (
+            f"policy.lora.dropout: {lora.dropout} makes the learner another policy than the sampler; use 0 here "
+            "(supervised fine-tuning may have it)"
+        )
+
+
 def _file_problems(config: Config, job: str) -> Iterator[str]:
     if not config.run.dir:
         yield "run.dir: empty; give the run's folder, e.g. run.dir=runs/mine"
@@ -277,20 +265,21 @@ def _file_problems(config: Config, job: str) -> Iterator[str]:
         yield f"resume: 'never', but run.dir {config.run.dir} holds a run; change run.dir or set resume=auto"
     if config.resume not in ("auto", "never") and not resolve_path(config.resume).is_dir():
         yield f"resume: {config.resume!r} is no checkpoint folder; give auto, never or an existing one"
-    folders = [("policy.path", config.policy.path)]
-    if config.reference.path is not None:
-        folders.append(("reference.path", config.reference.path))
-    for key, path in folders:
-        if not (resolve_path(path) / "config.json").is_file():
-            yield f"{key}: no config.json in {resolve_path(path)}; give a Janus checkpoint folder"
+    yield from _checkpoint_problems(config, job)
     for i, scorer in enumerate(config.reward if job == "grpo" else ()):
         if scorer.path is not None and not resolve_path(scorer.path).exists():
             yield f"reward.{i}.path: {resolve_path(scorer.path)} does not exist; give a checkpoint or null"
-    if config.sft.data and not resolve_path(config.sft.data).exists():
-        yield f'sft.data: {resolve_path(config.sft.data)} does not exist; give a folder or "" (tiny world)'
+    if job == "sft":
+        yield from sft_problems(config)
+    if job == "factory":
+        yield from factory_problems(config)
     prompts = [("data.prompts", config.data.prompts)] if job == "grpo" else []
     for key, path in [*prompts, ("evaluate.prompts", config.evaluate.prompts)]:
         try:
-            load_prompts(path)
+            rows = load_prompts(path)
         except PromptError as error:
             yield from (f"{key}: {problem}" for problem in error.problems)
+            continue
+        bare = next((prompt.id for prompt in rows if prompt.source_image is None), None)
+        if job == "grpo" and config.rollout.program == "edit" and bare is not None:
+            yield f"{key}: prompt {bare!r} has no source_image; rollout.program edit needs one in every row"

@@ -23,7 +23,8 @@ def empty(tmp_path: Path) -> Path:
 def runnable(tmp_path: Path) -> list[str]:
     """Overrides that satisfy every check on files."""
     (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "policy" / name).write_text("{}")
     (tmp_path / "judge").mkdir()
     (tmp_path / "prompts.txt").write_text("a photo of a red circle\n")
     return [
@@ -141,7 +142,13 @@ def test_a_runnable_configuration_passes(empty, runnable):
         (["rollout.image_top_p=0"], ["rollout.image_top_p"]),
         (["sft.draw=0", "sft.judge=0", "sft.redraw=0"], ["sft.draw"]),
         (["credit.rule=v3"], ["rollout.redraw"]),
-        (["rollout.redraw=always"], ["rollout.redraw"]),
+        (["credit.rule=v2", "rollout.redraw_context=reencoded"], ["rollout.redraw_context"]),
+        (["credit.rule=single"], ["credit.rule"]),
+        (["rollout.program=draw"], ["credit.rule"]),
+        (["credit.rule=summed", "credit.final_weight=2"], ["credit.final_weight"]),
+        (["decline.action=react", "loss.kl_beta=0"], ["decline.action"]),
+        (["decline.lr_factor=0", "decline.kl_factor=2"], ["decline.lr_factor", "decline.kl_factor"]),
+        (["loss.clip=0"], ["loss.clip"]),
         (["credit.rule=v3", "rollout.redraw=always", "rollout.max_images=1"], ["rollout.max_images"]),
         (["loss.logits=scaled", "max_staleness=1", "rollout.guidance=2"], ["loss.logits"]),
         (["learner.schedule=linear_then_cosine", "learner.convert_lr=1e-4"], ["learner.convert_steps"]),
@@ -167,6 +174,13 @@ def test_every_problem_of_a_value_is_named_once(empty, runnable, overrides, fiel
     "overrides",
     [
         ["credit.rule=v3", "rollout.redraw=always"],
+        ["credit.rule=v2", "rollout.redraw=always", "rollout.redraw_context=reencoded"],
+        ["rollout.redraw=always"],
+        ["credit.rule=summed", "rollout.max_images=3"],
+        ["credit.rule=segments", "rollout.max_images=4"],
+        ["credit.rule=single", "rollout.program=draw", "reward.0.weight=0.5"],
+        ["loss.clip=null"],
+        ["decline.action=react"],
         ["loss.logits=scaled", "rollout.guidance=2"],
         ["loss.logits=scaled", "max_staleness=1"],
         ["learner.schedule=linear_then_cosine", "learner.convert_steps=20", "learner.convert_lr=1e-4"],
@@ -255,3 +269,46 @@ def test_weights_that_do_not_sum_to_one_are_refused_where_the_reflection_is_paid
     with pytest.raises(ConfigError, match="reward: the weights sum to 0.5"):
         validate(load_config(None, ["reward.0.weight=0.5"]))
     validate(load_config(None, ["reward.0.weight=0.5", "credit.reflection_weight=0"]))
+
+
+JANUS_PRO = ["janus_pro_7b_grpo", "janus_pro_7b_grpo_paper", "janus_pro_1b_grpo"]
+
+
+@pytest.mark.parametrize("name", JANUS_PRO)
+def test_a_janus_pro_configuration_passes_once_its_paths_are_given(name, tmp_path):
+    paths = [
+        f"run.dir={tmp_path / 'run'}",
+        "policy.path=rlpipe/world/assets/policy",
+        "reward.0.path=rlpipe/world/assets/judge",
+        "data.prompts=rlpipe/world/assets/prompts_train.jsonl",
+    ]
+    config, dry_run = parse_args("test", argv=["--config", f"configs/{name}.yaml", "--dry-run", *paths])
+    assert dry_run and config.policy.dtype == "bfloat16"
+    told = lines_of(validate, load_config(f"configs/{name}.yaml", [f"run.dir={tmp_path / 'run'}"]))
+    assert [line.split(":")[0] for line in told] == ["policy.path", "reward.0.path", "data.prompts"]
+
+
+def test_the_official_configuration_has_the_official_numbers():
+    config = load_config("configs/janus_pro_7b_grpo.yaml")
+    credit, loss, learner, rollout = config.credit, config.loss, config.learner, config.rollout
+    assert (credit.rule, credit.std, credit.std_eps) == ("v1", "sample", 1e-4)
+    assert (credit.first_weight, credit.reflection_weight, credit.final_weight) == (1, 1, 1)
+    assert (loss.logits, loss.clip, loss.kl_beta, loss.verdict) == ("scaled", 0.2, 0.04, "full")
+    assert (loss.train_eos, loss.context, config.reference.context) == (False, "constant", "policy")
+    assert (learner.lr, learner.convert_lr, learner.min_lr) == (3e-7, 1e-7, 5e-8)
+    assert (learner.schedule, learner.warmup_steps, learner.convert_steps) == ("linear_then_linear", 5, 30)
+    assert (learner.betas, learner.eps, learner.weight_decay, learner.clip_norm) == ([0.9, 0.999], 1e-8, 0, 1)
+    assert (rollout.guidance, rollout.max_reflection_tokens, rollout.max_images) == (5, 80, 2)
+    assert (rollout.redraw_context, rollout.reflection_room) == ("reencoded", "group")
+    assert config.train.prompts_per_step * config.train.group_size == 256 and config.decline.action == "none"
+
+
+def test_the_paper_s_configuration_has_the_paper_s_numbers():
+    config = load_config("configs/janus_pro_7b_grpo_paper.yaml")
+    learner, rollout = config.learner, config.rollout
+    assert (rollout.max_images, rollout.history, config.credit.rule) == (3, "all", "summed")
+    assert (config.loss.kl_beta, config.train.group_size, config.train.steps) == (0.05, 7, 3000)
+    assert (learner.lr, learner.convert_lr, learner.min_lr) == (6e-6, 2e-6, 2e-7)
+    assert (learner.schedule, learner.warmup_steps, learner.convert_steps) == ("linear_then_cosine", 100, 400)
+    assert (learner.betas, learner.eps, learner.weight_decay) == ([0.9, 0.95], 1e-6, 0.05)
+    assert config.decline.action == "react"

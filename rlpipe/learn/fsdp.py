@@ -22,8 +22,8 @@ from rlpipe.learn.loss import policy_loss, token_terms
 from rlpipe.learn.replay import replay_logprobs
 from rlpipe.learn.schedule import learning_rate
 from rlpipe.learn.stats import Stats
-from rlpipe.paths import resolve_path
 from rlpipe.policy.janus import JanusPolicy
+from rlpipe.policy.lora import adapted_names, add_adapters, merged_weights
 from rlpipe.schema import Config
 from rlpipe.types import TrainItem
 
@@ -35,7 +35,7 @@ class LearnerError(RuntimeError):
 
 
 class FsdpLearner:
-    """Trains a policy on `TrainItem`s; float32 master weights whatever the compute type.
+    """Trains a policy, or adapters of it, on `TrainItem`s; float32 master weights whatever the compute type.
 
     learner = FsdpLearner(config)
     metrics = learner.step(items, denominator=len(items), step=0, total_steps=100)
@@ -51,8 +51,7 @@ class FsdpLearner:
             raise ValueError(f"policy.dtype: {config.policy.dtype!r} is none of {', '.join(_DTYPES)}")
         self.dtype = _DTYPES[config.policy.dtype]
         self.options = ReplayOptions.from_config(config.loss)
-        self.policy = JanusPolicy.load(resolve_path(config.policy.path), device=str(self.device))
-        self.policy.set_trainable(config.policy.trainable)
+        self.policy = self._load_policy()
         if config.learner.activation_checkpointing:
             language_model = self.policy.part("language_model")
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -66,6 +65,17 @@ class FsdpLearner:
         }
         self.optimizer = self._build_optimizer()
         self.policy_version = 0
+
+    def _load_policy(self) -> JanusPolicy:
+        """Float32 masters of what trains; under adapters the rest stays in the compute type."""
+        section, device = self.config.policy, str(self.device)
+        if section.lora.rank == 0:
+            policy = JanusPolicy.from_config(self.config, device=device)
+            policy.set_trainable(section.trainable)
+            return policy
+        policy = JanusPolicy.from_config(self.config, self.dtype, device)
+        add_adapters(policy, section, self.config.seed)
+        return policy
 
     def _shard(self) -> None:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
@@ -96,12 +106,21 @@ class FsdpLearner:
         return optimizer
 
     def step(
-        self, items: Sequence[TrainItem], denominator: float, step: int, total_steps: int, fresh: bool = True
+        self,
+        items: Sequence[TrainItem],
+        denominator: float,
+        step: int,
+        total_steps: int,
+        fresh: bool = True,
+        lr_scale: float = 1.0,
+        kl_scale: float = 1.0,
     ) -> dict[str, float]:
         """One optimiser step on this rank's share of a batch; the metrics are those of all ranks together.
 
         denominator: of the whole batch, the same on every rank.
-        fresh:       the items were sampled by this very policy version; only then is `mismatch/*` measured.
+        fresh:       all items were sampled by this very policy version. Where not, `mismatch/*` is measured on those
+                     whose trajectory says so.
+        lr_scale, kl_scale: of the scheduled learning rate and of loss.kl_beta.
 
         Raises LearnerError, with the weights untouched, if the loss or a gradient is not finite or the
         sampler's log-probs are further than loss.max_mismatch from the learner's.
@@ -109,7 +128,7 @@ class FsdpLearner:
         if not denominator > 0:
             raise ValueError(f"denominator: {denominator} is not positive; an empty batch cannot be trained on")
         self.optimizer.zero_grad(set_to_none=True)
-        stats = self._accumulate(items, denominator, fresh)
+        stats = self._accumulate(items, denominator, fresh, kl_scale * self.config.loss.kl_beta)
         for parameter in self.parameters.values():
             # A part that this batch did not use has gradient zero on one rank as on many.
             if parameter.grad is None:
@@ -119,7 +138,7 @@ class FsdpLearner:
         metrics = stats.values()
         self._refuse(metrics, norm.item())
         clip_grads_with_norm_(self.parameters.values(), self.config.learner.clip_norm, norm)
-        rate = learning_rate(self.config.learner, step, total_steps)
+        rate = lr_scale * learning_rate(self.config.learner, step, total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -132,7 +151,7 @@ class FsdpLearner:
         }
         return {**metrics, **own}
 
-    def _accumulate(self, items: Sequence[TrainItem], denominator: float, fresh: bool) -> Stats:
+    def _accumulate(self, items: Sequence[TrainItem], denominator: float, fresh: bool, kl_beta: float) -> Stats:
         """Gradients of all micro-batches; returns the stats of all ranks."""
         section, loss_section = self.config.learner, self.config.loss
         # Items of similar length together: fewer passes, less padding. The loss is a sum over items.
@@ -146,7 +165,9 @@ class FsdpLearner:
             terms = token_terms(chunk, replay, loss_section.verdict_ce_share).to(self.device)
             with self._precision():
                 logprobs, anchor = self.policy(_anchored_logprobs, replay, num_passes, self.world_size > 1)
-            loss, micro = policy_loss(logprobs, terms, denominator, loss_section.clip, loss_section.kl_beta, fresh)
+            own = torch.tensor([fresh or i.trajectory.policy_version == self.policy_version for i in chunk])
+            by_token = own[replay.item].to(self.device) if chunk else True
+            loss, micro = policy_loss(logprobs, terms, denominator, loss_section.clip, kl_beta, by_token)
             stats.merge([micro])
             # FSDP2 averages gradients over ranks; the denominator is global, so their sum is wanted.
             ((loss + anchor) * self.world_size).backward()
@@ -189,14 +210,26 @@ class FsdpLearner:
             raise LearnerError(f"optimiser step on policy version {self.policy_version} refused: {reason}")
 
     def weights(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """Trained parameters by checkpoint name, whole, on the CPU; empty on ranks other than 0."""
+        """Trained weights by checkpoint name, whole, adapters merged, on the CPU; empty on ranks other than 0."""
         full = {}
-        for name, parameter in self.parameters.items():
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in self._whole_weights():
             if self.rank == 0:
                 full[name] = tensor.to("cpu", dtype or tensor.dtype, copy=True)
         return full
+
+    def _whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.config.policy.lora.rank:
+            yield from merged_weights(self.policy)
+            return
+        for name, parameter in self.parameters.items():
+            tensor = parameter.detach()
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def weight_names(self) -> list[str]:
+        """The names that `weights` gives on rank 0."""
+        if self.config.policy.lora.rank:
+            return adapted_names(self.policy)
+        return list(self.parameters)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The live tensors, sharded as they are, under `model.<name>` and `optimizer.<key>.<name>`."""

@@ -15,9 +15,12 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer, JanusForConditionalGeneration
+from transformers import JanusForConditionalGeneration
 
+from rlpipe.paths import resolve_path
+from rlpipe.policy import checkpoint
 from rlpipe.policy.templates import Templates
+from rlpipe.schema import Config
 
 T = TypeVar("T")
 
@@ -32,7 +35,12 @@ class JanusPolicy(nn.Module):
         images = policy.decode_codes(codes)           # uint8 [B, H, W, 3]
     """
 
-    def __init__(self, janus: JanusForConditionalGeneration, templates: Templates) -> None:
+    def __init__(
+        self,
+        janus: JanusForConditionalGeneration,
+        templates: Templates,
+        original: checkpoint.Original | None = None,
+    ) -> None:
         super().__init__()
         self.janus = janus
         self.templates = templates
@@ -42,30 +50,49 @@ class JanusPolicy(nn.Module):
         self.codebook_size: int = config.vq_config.num_embeddings
         # A VQ tokenizer of 3 * r * r input channels works on r x r pixel blocks; the published models have r = 1.
         self.pixel_unshuffle: int = math.isqrt(config.vq_config.in_channels // 3)
-        # The original VQ compares l2-normalised vectors; transformers' does so only if the rows are unit vectors.
-        codebook = janus.model.vqmodel.quantize.embedding.weight
-        with torch.no_grad():
-            codebook.copy_(F.normalize(codebook.float(), dim=-1))
+        self.original = original
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> JanusPolicy:
-        """Load a checkpoint folder in the transformers layout (safetensors only, no remote code)."""
-        path = Path(path)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"policy.path: no config.json in {path.resolve()}; give a Janus checkpoint folder")
-        janus = JanusForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
-        )
-        if janus.config.tie_word_embeddings:
-            raise ValueError(f"policy.path: {path} ties its word embeddings; Janus has a separate lm_head")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return cls(janus.to(device).eval(), Templates(tokenizer))
+    def load(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        overlay: str | Path | None = None,
+    ) -> JanusPolicy:
+        """Load a checkpoint folder in the original layout or in transformers'; no remote code, tensors only.
+
+        overlay: file with a state dict whose tensors replace those of the folder (names of either layout).
+        Raises FileNotFoundError, checkpoint.CheckpointError.
+        """
+        return cls(*checkpoint.load(Path(path), dtype, device, overlay))
+
+    @classmethod
+    def from_config(
+        cls, config: Config, dtype: torch.dtype = torch.float32, device: str = "cpu", path: str | None = None
+    ) -> JanusPolicy:
+        """The policy that a configuration names, with its overlay and templates, without adapters.
+
+        path: of a checkpoint that is loaded in place of policy.path and policy.overlay, with the same templates.
+        """
+        overlay = config.policy.overlay if path is None else None
+        policy = cls.load(resolve_path(path or config.policy.path), dtype, device, overlay)
+        policy.templates = policy.templates.configured(config)
+        return policy
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the transformers layout: config.json, model.safetensors, tokenizer files."""
-        state = {k: v.detach().to(dtype or v.dtype).cpu().contiguous() for k, v in self.janus.state_dict().items()}
-        self.janus.save_pretrained(path, state_dict=state)
-        self.templates.tokenizer.save_pretrained(path)
+        """Write the transformers layout: config.json, safetensors, tokenizer files."""
+        checkpoint.save(path, self.janus, self.templates, self.original, dtype)
+
+    def export(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the original layout; see `checkpoint.export_original`."""
+        checkpoint.export_original(path, self.janus, self.templates, self.original, dtype)
+
+    def embedder(self) -> JanusPolicy:
+        """This policy cut down, in place, to what makes embeddings: without layers, heads and VQ tokenizer."""
+        self.part("language_model").layers = nn.ModuleList()
+        self.janus.lm_head = self.janus.model.generation_head = self.janus.model.vqmodel = nn.Identity()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -136,11 +163,17 @@ class JanusPolicy(nn.Module):
         vq = self.janus.model.vqmodel
         pixels = F.pixel_unshuffle(self.normalise(images), self.pixel_unshuffle)
         latents = F.normalize(vq.quant_conv(vq.encoder(pixels)).float(), dim=1)
-        similarity = torch.einsum("bdhw,kd->bhwk", latents, vq.quantize.embedding.weight.float())
+        # The original VQ compares unit vectors; transformers' own `encode` leaves the lengths in.
+        codebook = F.normalize(vq.quantize.embedding.weight.float(), dim=-1)
+        similarity = torch.einsum("bdhw,kd->bhwk", latents, codebook)
         return similarity.argmax(-1).flatten(1)
 
     @torch.no_grad()
+    def decode_floats(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 [B, 3, H, W] of VQ codes [B, N], what the VQ tokenizer makes of them; black is -1, white 1."""
+        return F.pixel_shuffle(self.janus.model.vqmodel.decode(codes.to(self.device)).float(), self.pixel_unshuffle)
+
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] of VQ codes [B, N]; truncated, not rounded, as in the official code."""
-        pixels = F.pixel_shuffle(self.janus.model.vqmodel.decode(codes.to(self.device)).float(), self.pixel_unshuffle)
-        return ((pixels.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        pixels = self.decode_floats(codes).clamp(-1, 1)
+        return ((pixels + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
