@@ -10,6 +10,7 @@ import asyncio
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import ray
@@ -43,6 +44,7 @@ def lay_out(weights: Mapping[str, torch.Tensor], bucket_bytes: int = BUCKET_BYTE
 def publish(weights: Mapping[str, torch.Tensor], version: int, bucket_bytes: int = BUCKET_BYTES) -> Manifest:
     """Put the weights into the object store, one bucket after the other. The caller's process owns them."""
     slots = lay_out(weights, bucket_bytes)
+    slots = tuple(replace(slot, checksum=zlib.crc32(_as_bytes(weights[slot.name]))) for slot in slots)
     refs = []
     for number in range(slots[-1].bucket + 1 if slots else 0):
         inside = [slot for slot in slots if slot.bucket == number]
@@ -54,20 +56,25 @@ def publish(weights: Mapping[str, torch.Tensor], version: int, bucket_bytes: int
 
 
 def checksum(slots: Iterable[Slot], weights: Mapping[str, torch.Tensor]) -> int:
-    """CRC-32 over names, shapes, types and bytes of the tensors, in the order of the slots."""
+    """CRC-32 over names, shapes, types and byte checksums of the tensors, in the order of the slots.
+
+    Tensors that are not among `weights` count with the checksum that was published.
+    """
     crc = 0
     for slot in slots:
-        crc = zlib.crc32(f"{slot.name}{slot.shape}{slot.dtype}".encode(), crc)
-        crc = zlib.crc32(_as_bytes(weights[slot.name]), crc)
+        own = zlib.crc32(_as_bytes(weights[slot.name])) if slot.name in weights else slot.checksum
+        crc = zlib.crc32(f"{slot.name}{slot.shape}{slot.dtype}{own}".encode(), crc)
     return crc
 
 
-def install(manifest: Manifest, model: Mapping[str, torch.Tensor], timeout_s: float = 600.0) -> Ack:
+def install(manifest: Manifest, model: Mapping[str, torch.Tensor], timeout_s: float = 600.0, some: bool = False) -> Ack:
     """Copy a published version into the tensors of a model, in place, and check what they hold then.
 
-    `model` has a tensor of equal shape and type for every slot; it may have others. Raises WeightError.
+    `model` has a tensor of equal shape and type for every slot; it may have others. With `some` it may lack tensors,
+    which are then not fetched. Raises WeightError.
     """
-    for slot in manifest.slots:
+    slots = [slot for slot in manifest.slots if slot.name in model or not some]
+    for slot in slots:
         have = model.get(slot.name)
         found = None if have is None else (tuple(have.shape), str(have.dtype).removeprefix("torch."))
         if found != (slot.shape, slot.dtype):
@@ -75,7 +82,7 @@ def install(manifest: Manifest, model: Mapping[str, torch.Tensor], timeout_s: fl
                 f"weights version {manifest.version}: {slot.name} is {slot.dtype} {slot.shape}, the model has {found}; "
                 "learner and worker must load one policy.path with one policy.dtype"
             )
-    for slot, source in _tensors(manifest, timeout_s):
+    for slot, source in _tensors(manifest, slots, timeout_s):
         model[slot.name].copy_(source)
     found_sum = checksum(manifest.slots, model)
     if found_sum != manifest.checksum:
@@ -86,10 +93,10 @@ def install(manifest: Manifest, model: Mapping[str, torch.Tensor], timeout_s: fl
     return Ack(manifest.version, found_sum)
 
 
-def _tensors(manifest: Manifest, timeout_s: float) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """Read-only views of the published tensors, one bucket mapped at a time."""
+def _tensors(manifest: Manifest, slots: Iterable[Slot], timeout_s: float) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Read-only views of published tensors, one bucket mapped at a time."""
     number, bucket = -1, None
-    for slot in manifest.slots:
+    for slot in slots:
         if slot.bucket != number:
             number, bucket = slot.bucket, ray.get(manifest.buckets[slot.bucket], timeout=timeout_s)
         with warnings.catch_warnings():

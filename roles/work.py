@@ -29,7 +29,7 @@ class GroupRequest:
 class GroupRecord:
     """What the driver knows of a drawn group.
 
-    outlines:   per member its trajectory without tokens: prompt, kinds of segments, verdicts.
+    outlines:   per member its trajectory without tokens: prompt, kinds and lengths of segments, verdicts.
     num_images: per member the images that were drawn and are to be scored.
     """
 
@@ -82,18 +82,19 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A trajectory to be shown: member of a group, its images' scores, its reflection's reward, all advantages."""
+    """A trajectory to be shown: member of a group, scores of its images, rewards of its reflections (NaN: none),
+    advantages of all its segments."""
 
     rollouts: ObjectRef
     member: int
     scores: tuple[Score, ...]
-    reflection_reward: float
+    reflection_rewards: tuple[float, ...]
     advantages: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor lies: `nbytes` bytes from `offset` in bucket number `bucket`."""
+    """Where one tensor lies: `nbytes` bytes from `offset` in bucket number `bucket`; CRC-32 of these bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -101,6 +102,7 @@ class Slot:
     bucket: int
     offset: int
     nbytes: int
+    checksum: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +148,15 @@ def sampling_of(section: RolloutSection, seed: int, guidance: float | None = Non
         max_images=section.max_images,
         redraw=section.redraw,
         redraw_context=section.redraw_context,
+        history=section.history,
+        reflection_room=section.reflection_room,
     )
 
 
 def outline(rollout: Rollout) -> Rollout:
-    """A rollout without tokens and pixels: all that credit needs to know, and small enough for the driver."""
-    none = np.zeros(0, np.int64)
-    segments = tuple(Segment(segment.kind, none) for segment in rollout.trajectory.segments)
-    return Rollout(replace(rollout.trajectory, segments=segments), ())
+    """A rollout without pixels, and with zeros of one byte for tokens: credit needs to know how many there are."""
+    segments = tuple(Segment(s.kind, np.zeros(len(s), np.uint8)) for s in rollout.trajectory.segments)
+    return Rollout(replace(rollout.trajectory, segments=segments, source_codes=None), ())
 
 
 def split(count: int, ranks: int) -> list[range]:

@@ -4,8 +4,10 @@
     unconditional  the same behind a blank prompt; only where guidance asks for it
     looking        prompt | image 1 (pixels) | look | reflection
 
-The drawing sequences give the log-probs of the images, the looking sequence those of the reflection. Nothing
-is laid out that no trained token needs.
+The drawing sequences give the log-probs of the images, the looking sequences those of the reflections. With
+`history: all` both go on behind the second image in the same way; with `history: last` an image or reflection after
+the second image has a sequence of its own, which shows it the last image alone. Nothing is laid out that no trained
+token needs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from rlpipe.policy.guidance import GuidanceLogits
 from rlpipe.policy.templates import Templates
 from rlpipe.schema import LossSection
-from rlpipe.types import TrainItem
+from rlpipe.types import TrainItem, Trajectory
 
 # A row's source numbers: vocabulary ids as they are, entries of the code pool and the pixel pool above these.
 _CODE, _PIXEL = 1 << 40, 1 << 41
@@ -35,10 +37,11 @@ class ReplayOptions:
     logits: GuidanceLogits = "guided"
     verdict: Literal["restricted", "full"] = "restricted"
     train_eos: bool = True
+    context: Literal["live", "constant"] = "live"
 
     @classmethod
     def from_config(cls, section: LossSection) -> ReplayOptions:
-        return cls(section.logits, section.verdict, section.train_eos)
+        return cls(section.logits, section.verdict, section.train_eos, section.context)
 
 
 class Distribution(NamedTuple):
@@ -58,11 +61,13 @@ class Pass:
     source:    int64 [R, L], indices into the pool of embeddings (vocabulary rows, then codes, then pixels).
     positions: int64 [R, L].
     read:      int64 [K], flat indices into [R * L] of the hidden states that a head reads.
+    context:   int64 [R], how many leading inputs of a row are constants; 0 where the context is live.
     """
 
     source: torch.Tensor
     positions: torch.Tensor
     read: torch.Tensor
+    context: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,10 @@ class Replay:
 
 @dataclass
 class _Row:
-    """One sequence in the making. `scored` holds (index read first, key of the first token, count)."""
+    """One sequence in the making. `scored` holds (index read first, key of the first token, count).
+
+    context: how many inputs stand before the first that is scored.
+    """
 
     unconditional: bool = False
     sources: list[np.ndarray] = field(default_factory=list)
@@ -120,10 +128,12 @@ class _Row:
     scored: list[tuple[int, int, int]] = field(default_factory=list)
     length: int = 0
     next_position: int = 0
+    context: int = 0
 
     def add(self, source: np.ndarray | list[int], first_key: int | None = None, scored: int = 0) -> None:
-        """Append tokens; the first `scored` of them are scored, each read one index before its own."""
+        """Append tokens; the first `scored` of them, or all and the one behind, are scored, each read before it."""
         if first_key is not None and scored:
+            self.context = self.context if self.scored else self.length
             self.scored.append((self.length - 1, first_key, scored))
         self.sources.append(np.asarray(source, dtype=np.int64))
         self.positions.append(np.arange(self.next_position, self.next_position + len(source)))
@@ -142,7 +152,7 @@ class _Layout:
 
     def __init__(self, templates: Templates, options: ReplayOptions) -> None:
         self.templates, self.options = templates, options
-        self.prompts: dict[str, list[int]] = {}
+        self.prompts: dict[tuple[bool, str], list[int]] = {}
         self.rows: list[_Row] = []
         self.codes: list[np.ndarray] = []
         self.images: list[np.ndarray] = []
@@ -153,36 +163,64 @@ class _Layout:
     def add(self, index: int, item: TrainItem) -> None:
         trajectory = item.trajectory
         kinds = tuple(segment.kind for segment in trajectory.segments)
-        if not kinds or kinds != ("image", "text", "image")[: len(kinds)]:
-            raise ValueError(f"trajectory {trajectory.id}: segments {kinds}; replay knows image [, text [, image]]")
+        if not kinds or kinds != (("image", "text") * len(kinds))[: len(kinds)]:
+            raise ValueError(f"trajectory {trajectory.id}: segments {kinds}; replay knows image, text, image, ...")
+        if len(kinds) > 1 and trajectory.source_codes is not None:
+            raise ValueError(f"trajectory {trajectory.id}: {len(kinds)} segments; an edit has one, the edited image")
         if len(item.credits) != len(kinds):
             raise ValueError(f"trajectory {trajectory.id}: {len(item.credits)} credits for {len(kinds)} segments")
-        images = [i for i, kind in enumerate(kinds) if kind == "image" and item.credits[i].trained]
-        if images == [0, 2] and trajectory.segments[0].context_ids is not None:
-            self._draw(index, item, [0])
-            self._draw(index, item, [2])
-        elif images:
+        trained = [number for number, credit in enumerate(item.credits) if credit.trained]
+        for images in self._image_rows(trajectory, [n // 2 for n in trained if n % 2 == 0]):
             self._draw(index, item, images)
-        if len(kinds) > 1 and item.credits[1].trained:
-            self._look(index, item)
+        for texts in self._text_rows(trajectory, [n // 2 for n in trained if n % 2]):
+            self._look(index, item, texts)
 
-    def _prompt(self, item: TrainItem) -> list[int]:
-        text = item.trajectory.prompt.text
-        if text not in self.prompts:
-            self.prompts[text] = self.templates.prompt(text)
-        ids = self.prompts[text]
-        return self.templates.blank(ids) if item.blank_prompt else ids
+    def _image_rows(self, trajectory: Trajectory, wanted: list[int]) -> list[list[int]]:
+        """Which images are scored in one sequence; numbers count the images.
 
-    def _reflection(self, item: TrainItem) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the reflection as it is, and without its end-of-sentence token."""
-        ids = np.asarray(item.trajectory.segments[1].token_ids, dtype=np.int64)
-        limit = item.trajectory.sampling.max_reflection_tokens
+        They share one where each stands in it as the later ones see it.
+        """
+        alone = [[number] for number in wanted]
+        alike = all(trajectory.segments[2 * number].context_ids is None for number in wanted[:-1])
+        if not wanted or not alike or self.options.context == "constant":
+            return alone
+        if trajectory.sampling.history == "all":
+            return [wanted]
+        return [[0, 1], *alone[2:]] if wanted[:2] == [0, 1] else alone
+
+    def _text_rows(self, trajectory: Trajectory, wanted: list[int]) -> list[list[int]]:
+        """Which reflections are scored in one sequence; numbers count the reflections."""
+        if wanted and trajectory.sampling.history == "all" and self.options.context == "live":
+            return [wanted]
+        return [[number] for number in wanted]
+
+    def _begin(self, row: _Row, item: TrainItem, source: np.ndarray | None, blank: bool = False) -> None:
+        """The prompt, its words blank or not; around `source` for an edit."""
+        text, t = item.trajectory.prompt.text, self.templates
+        if source is not None:
+            before, after = t.edit(text)
+            before, after = t.blank_edit(before, after) if blank else (before, after)
+            for part in (before, source, after):
+                row.add(part)
+            return
+        plain = item.trajectory.prompt.metadata.get("roles") == "plain"
+        if (plain, text) not in self.prompts:
+            self.prompts[plain, text] = (t.plain if plain else t).prompt(text)
+        ids = self.prompts[plain, text]
+        row.add(t.blank(ids) if blank else ids)
+
+    def _reflection(self, item: TrainItem, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Token ids of a reflection as it is and without its end-of-sentence token, and its room behind an image."""
+        trajectory, segment = item.trajectory, item.trajectory.segments[2 * number + 1]
+        ids, limit = np.asarray(segment.token_ids, dtype=np.int64), trajectory.sampling.max_reflection_tokens
         if not 1 <= len(ids) <= limit:
             raise ValueError(
-                f"trajectory {item.trajectory.id}: a reflection of {len(ids)} tokens, "
+                f"trajectory {trajectory.id}: a reflection of {len(ids)} tokens, "
                 f"max_reflection_tokens is {limit}; raise rollout.max_reflection_tokens or shorten the text"
             )
-        return ids, ids[:-1] if ids[-1] == self.templates.eos else ids
+        words = ids[:-1] if ids[-1] == self.templates.eos else ids
+        rooms = {"fixed": limit, "exact": len(words), "group": len(ids)}
+        return ids, words, segment.room or rooms[trajectory.sampling.reflection_room]
 
     def _code_source(self, codes: np.ndarray) -> np.ndarray:
         source = _CODE + self.num_codes + np.arange(len(codes))
@@ -214,57 +252,79 @@ class _Layout:
             sampling.image_top_k,
             sampling.image_top_p,
         )
-        prompt = self._prompt(item)
         rows = [_Row()] + [_Row(unconditional=True)] * paired
-        rows[0].add(prompt)
-        if paired:
-            rows[1].add(self.templates.blank(prompt))
-        for segment in [0, 2][: 1 + (wanted[-1] == 2)]:
-            codes = trajectory.segments[segment].token_ids
-            key = self._keys(index, segment, 0, codes, drawn) if segment in wanted else None
-            if segment == 0 and wanted[-1] == 2 and trajectory.segments[0].context_ids is not None:
-                codes = trajectory.segments[0].context_ids
+        codes = trajectory.source_codes
+        start = None if codes is None else self._code_source(codes)
+        for row in rows:
+            self._begin(row, item, start, row.unconditional or item.blank_prompt)
+        last = wanted[-1]
+        first = 0 if sampling.history == "all" else max(last - 1, 0)
+        for number in range(first, last + 1):
+            segment = trajectory.segments[2 * number]
+            codes = segment.token_ids
+            key = self._keys(index, 2 * number, 0, codes, drawn) if number in wanted else None
+            if number < last and segment.context_ids is not None:
+                codes = segment.context_ids
             source = self._code_source(codes)
             for row in rows:
-                if segment == 2:
-                    self._bridge(row, item)
+                if number > first:
+                    row.add(self.templates.look)
+                    self._pass_over(row, item, number - 1)
                 row.add(source, key, len(source))
         self.rows.extend(rows)
 
-    def _bridge(self, row: _Row, item: TrainItem) -> None:
-        """What stands between two images; their distance does not depend on the reflection's length."""
-        row.add(self.templates.look)
-        redraw = row.next_position + item.trajectory.sampling.max_reflection_tokens
-        row.add(self._reflection(item)[1])
-        row.next_position = redraw
+    def _pass_over(self, row: _Row, item: TrainItem, number: int) -> None:
+        """A reflection that nobody scores, in its room, and what precedes the next image."""
+        _, words, room = self._reflection(item, number)
+        end = row.next_position + room
+        row.add(words)
+        row.next_position = end
         row.add(self.templates.redraw)
 
-    def _look(self, index: int, item: TrainItem) -> None:
-        """The looking sequence of the reflection."""
-        trajectory, sampling = item.trajectory, item.trajectory.sampling
-        if not item.images:
+    def _look(self, index: int, item: TrainItem, wanted: list[int]) -> None:
+        """The looking sequence up to the last wanted reflection."""
+        trajectory, last = item.trajectory, wanted[-1]
+        if len(item.images) <= last:
             raise ValueError(f"trajectory {trajectory.id}: a trained reflection needs the pixels of its image")
-        ids, without_eos = self._reflection(item)
-        scored = ids if self.options.train_eos else without_eos
+        if trajectory.sampling.verdict_threshold is not None:
+            raise ValueError(
+                f"trajectory {trajectory.id}: its verdicts were decided by a threshold; a reflection can be trained "
+                "on only if sampling.verdict_threshold is None"
+            )
+        row, num_patches = _Row(), len(trajectory.segments[0])
+        self._begin(row, item, None, item.blank_prompt)
+        for number in range(0 if trajectory.sampling.history == "all" else last, last + 1):
+            row.add(_PIXEL + len(self.images) * num_patches + np.arange(num_patches))
+            self.images.append(item.images[number])
+            row.add(self.templates.look)
+            end = row.next_position + self._reflection(item, number)[2]
+            if number not in wanted:
+                self._pass_over(row, item, number)
+                continue
+            self._say(row, index, item, number)
+            if number < last:
+                row.next_position = end
+                row.add(self.templates.redraw)
+        self.rows.append(row)
+
+    def _say(self, row: _Row, index: int, item: TrainItem, number: int) -> None:
+        """A reflection that is scored."""
+        ids, words, _ = self._reflection(item, number)
+        sampling, segment = item.trajectory.sampling, 2 * number + 1
+        scored = ids if self.options.train_eos else words
         settings = (1.0, sampling.text_temperature, sampling.text_top_k, sampling.text_top_p)
-        num_patches = len(trajectory.segments[0])
-        row = _Row()
-        row.add(self._prompt(item))
-        row.add(_PIXEL + len(self.images) * num_patches + np.arange(num_patches))
-        self.images.append(item.images[0])
-        row.add(self.templates.look)
         start = 0
         if self.options.verdict == "restricted":
             choices = [self.templates.no, self.templates.yes]
             if ids[0] not in choices:
-                raise ValueError(f"trajectory {trajectory.id}: the reflection starts with neither Yes nor No")
+                raise ValueError(f"trajectory {item.trajectory.id}: the reflection starts with neither Yes nor No")
             target = np.array([choices.index(ids[0])])
-            row.add(ids[:1], self._keys(index, 1, 0, target, Distribution("verdict", *settings)), 1)
+            row.add(ids[:1], self._keys(index, segment, 0, target, Distribution("verdict", *settings)), 1)
             start = 1
+        key = None
         if len(scored) > start:
-            key = self._keys(index, 1, start, scored[start:], Distribution("text", *settings))
-            row.add(ids[start:], key, len(scored) - start)
-        self.rows.append(row)
+            key = self._keys(index, segment, start, scored[start:], Distribution("text", *settings))
+        row.add(words[start:], key, len(scored) - start)
 
     def finish(self) -> Replay:
         """Rows to passes of similar length, keys to groups of one distribution."""
@@ -277,22 +337,23 @@ class _Layout:
             rows = [row for row in self.rows[start:] if row.used >= _BUCKET * longest]
             source = np.zeros((len(rows), longest), np.int64)
             positions = np.zeros((len(rows), longest), np.int64)
-            read = []
+            context, read = np.zeros(len(rows), np.int64), []
             for r, row in enumerate(rows):
                 source[r, : row.used] = np.concatenate(row.sources)[: row.used]
                 positions[r, : row.used] = np.concatenate(row.positions)[: row.used]
+                context[r] = row.context if self.options.context == "constant" else 0
                 for first, key, count in row.scored:
                     at = unconditional if row.unconditional else conditional
                     at[key : key + count] = num_read + np.arange(count)
                     read.append(r * longest + first + np.arange(count))
                     num_read += count
-            passes.append((source, positions, np.concatenate(read)))
+            passes.append((source, positions, np.concatenate(read), context))
             start += len(rows)
         return self._replay(passes, conditional, unconditional)
 
     def _replay(self, passes: list, conditional: np.ndarray, unconditional: np.ndarray) -> Replay:
-        text_ids = np.unique(np.concatenate([source[source < _CODE] for source, _, _ in passes] or [np.zeros(1, int)]))
-        for source, _, _ in passes:
+        text_ids = np.unique(np.concatenate([source[source < _CODE] for source, *_ in passes] or [np.zeros(1, int)]))
+        for source, *_ in passes:
             text, pixel = source < _CODE, source >= _PIXEL
             source[text] = np.searchsorted(text_ids, source[text])
             source[pixel] += len(text_ids) + self.num_codes - _PIXEL

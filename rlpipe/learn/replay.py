@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rlpipe.types import TrainItem
 
 __all__ = [
     "Distribution",
+    "Embedder",
     "Group",
     "Pass",
     "Replay",
@@ -32,6 +34,18 @@ __all__ = [
 ]
 
 
+class Embedder(Protocol):
+    """What makes embeddings [.., D] of vocabulary ids, codes and pixels; a `JanusPolicy` does."""
+
+    device: torch.device
+
+    def embed_text(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor: ...
+
+    def embed_pixels(self, images: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """float32 [S] log-probs in the order of the replay, the item and segment of each; entropy if asked."""
@@ -42,26 +56,41 @@ class TokenLogprobs:
     entropy: torch.Tensor | None = None
 
 
-def token_logprobs(policy: JanusPolicy, replay: Replay, entropy: bool = False) -> TokenLogprobs:
+def token_logprobs(
+    policy: JanusPolicy, replay: Replay, entropy: bool = False, context_policy: Embedder | None = None
+) -> TokenLogprobs:
     """Log-probs of the scored tokens under `policy`, with gradients unless the caller switched them off.
 
-    One forward per pass of the replay; heads run only on the hidden states that are read.
+    One forward per pass of the replay; heads run only on the hidden states that are read. In a replay whose context
+    is constant, what stands before a scored segment is embedded by `context_policy` (None: by `policy`) and carries
+    no gradient; the segment's own tokens are embedded by `policy`.
     """
-    logprobs, entropies = policy(replay_logprobs, replay, entropy)
+    logprobs, entropies = policy(replay_logprobs, replay, entropy, context_policy)
     return TokenLogprobs(logprobs, replay.item, replay.segment, entropies)
 
 
 def replay_logprobs(
-    policy: JanusPolicy, replay: Replay, entropy: bool = False
+    policy: JanusPolicy, replay: Replay, entropy: bool = False, context_policy: Embedder | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `token_logprobs`, for a caller that is inside the policy's forward already."""
     device = policy.device
     if not replay.groups:
         return torch.zeros(0, device=device), None
     pool = _pool(policy, replay)
+    constants = None
+    if replay.options.context == "constant":
+        with torch.no_grad():
+            constants = pool.detach() if context_policy is None else _pool(context_policy, replay).to(pool)
+    elif context_policy is not None:
+        raise ValueError("replay: a context_policy needs a replay of ReplayOptions(context='constant')")
     read = []
     for rows in replay.passes:
-        hidden = policy.hidden(pool[rows.source.to(device)], rows.positions.to(device))
+        source = rows.source.to(device)
+        embeddings = pool[source]
+        if constants is not None:
+            held = torch.arange(source.shape[1], device=device) < rows.context.to(device)[:, None]
+            embeddings = torch.where(held[..., None], constants[source], embeddings)
+        hidden = policy.hidden(embeddings, rows.positions.to(device))
         read.append(hidden.flatten(0, 1)[rows.read.to(device)])
     hidden = torch.cat(read)
     logprobs, entropies = [], []
@@ -74,7 +103,7 @@ def replay_logprobs(
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
-def _pool(policy: JanusPolicy, replay: Replay) -> torch.Tensor:
+def _pool(policy: Embedder, replay: Replay) -> torch.Tensor:
     """All embeddings [A + B + C * N, D] that the rows index into."""
     parts = [policy.embed_text(replay.text_ids.to(policy.device))]
     if len(replay.codes):
@@ -112,6 +141,7 @@ def segment_logprobs(
     items: Sequence[TrainItem],
     options: ReplayOptions | None = None,
     micro_batch: int = 64,
+    context_policy: Embedder | None = None,
 ) -> list[tuple[np.ndarray | None, ...]]:
     """Per item and segment the float32 [T] log-probs under `policy`; what `TrainItem.ref_logprobs` takes.
 
@@ -121,7 +151,7 @@ def segment_logprobs(
     for start in range(0, len(items), micro_batch):
         chunk = items[start : start + micro_batch]
         replay = lay_out(chunk, policy.templates, options)
-        logprobs = token_logprobs(policy, replay).logprobs.cpu().numpy()
+        logprobs = token_logprobs(policy, replay, context_policy=context_policy).logprobs.cpu().numpy()
         arrays: list[list[np.ndarray | None]] = [[None] * len(item.credits) for item in chunk]
         for item, segment, tokens, offsets in replay.by_segment():
             values = np.full(len(chunk[item].trajectory.segments[segment]), np.nan, np.float32)

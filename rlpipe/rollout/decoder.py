@@ -14,6 +14,9 @@ from transformers.activations import ACT2FN
 
 from rlpipe.policy.janus import JanusPolicy
 
+CODES = 1 << 40
+"""Added to a VQ code where a sequence mixes codes with vocabulary ids."""
+
 
 @dataclass
 class Cache:
@@ -44,6 +47,10 @@ class Cache:
             new.bias = self.bias.new_zeros(len(rows), 1, 1, slots)
             new.bias[..., : self.length] = self.bias[rows, ..., : self.length]
         return new
+
+    def rewound(self, length: int) -> Cache:
+        """The same memory with its first `length` slots alone; what stood behind them may be overwritten."""
+        return Cache(self.keys, self.values, self.bias, length)
 
     def mark(self, valid: torch.Tensor) -> None:
         """Declare the next slots, bool [B, T], as tokens (True) or padding (False)."""
@@ -125,7 +132,10 @@ class Decoder:
         return halves.transpose(1, 2).reshape(weight.shape)
 
     def prefill(self, sequences: Sequence[Sequence[int]], slots: int) -> tuple[Cache, torch.Tensor]:
-        """Decode token sequences of any lengths, left-padded: their cache and last hidden states [B, D]."""
+        """Decode token sequences of any lengths, left-padded: their cache and last hidden states [B, D].
+
+        A VQ code of an image in a sequence stands in it as `CODES` + code.
+        """
         width = max(map(len, sequences))
         ids = torch.zeros(len(sequences), width, dtype=torch.long)
         valid = torch.zeros(len(sequences), width, dtype=torch.bool)
@@ -136,8 +146,17 @@ class Decoder:
         padded = not bool(valid.all())
         ids, valid, positions = ids.to(self.device), valid.to(self.device), positions.to(self.device)
         cache = self.new_cache(len(sequences), slots)
-        hidden = self.extend(cache, self.policy.embed_text(ids), positions, valid if padded else None)
+        hidden = self.extend(cache, self._embed(ids), positions, valid if padded else None)
         return cache, hidden
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, T, D] of vocabulary ids and of codes that have `CODES` added."""
+        codes = ids >= CODES
+        if not bool(codes.any()):
+            return self.policy.embed_text(ids)
+        embedded = self.policy.embed_text(ids.masked_fill(codes, 0))
+        embedded[codes] = self.code_table[ids[codes] - CODES]
+        return embedded
 
     def new_cache(self, rows: int, slots: int) -> Cache:
         shape = (len(self.layers), rows, self.kv_heads, slots, self.head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from rlpipe.learn.replay import ReplayOptions, lay_out, segment_logprobs, token_logprobs
 from rlpipe.policy.guidance import guide
 from rlpipe.rollout.decoder import Decoder
-from rlpipe.rollout.programs import introspect
+from rlpipe.rollout.programs import edit, introspect
 from rlpipe.rollout.sampling import truncate
 from rlpipe.types import Prompt, Sampling, SegmentCredit, TrainItem
 from tests.learn.builders import PROMPTS, WHOLE, item
@@ -111,6 +112,104 @@ def test_replay_agrees_with_the_sampler(tiny_policy, context):
     for example, found in zip(items, segment_logprobs(tiny_policy, items), strict=True):
         for segment, values in zip(example.trajectory.segments, found, strict=True):
             np.testing.assert_allclose(values, segment.logprobs, atol=1e-4)
+
+
+def drawn(policy, num: int = 5, **settings) -> list[TrainItem]:
+    """Trajectories of up to three images, all of them credited."""
+    shared = Sampling(guidance=2.0, max_images=3, max_reflection_tokens=12, **settings)
+    prompts = [Prompt(str(i % 3), PROMPTS[i % 3]) for i in range(num)]
+    samplings = [replace(shared, seed=i) for i in range(num)]
+    rollouts = introspect(Decoder(policy), prompts, samplings, [str(i) for i in range(num)])
+    return [TrainItem(r.trajectory, r.images, (WHOLE,) * len(r.trajectory.segments)) for r in rollouts]
+
+
+@pytest.mark.parametrize("embeddings", ["live", "constant"])
+@pytest.mark.parametrize(
+    ("context", "room"), [("sampled", "fixed"), ("reencoded", "exact"), ("sampled", "group"), ("reencoded", "group")]
+)
+@pytest.mark.parametrize("history", ["last", "all"])
+def test_replay_of_three_images_agrees_with_the_sampler(tiny_policy, history, context, room, embeddings):
+    items = drawn(tiny_policy, redraw="always", redraw_context=context, history=history, reflection_room=room)
+    assert {len(item.trajectory.segments) for item in items} == {5}
+    found = segment_logprobs(tiny_policy, items, ReplayOptions(context=embeddings))
+    for example, values in zip(items, found, strict=True):
+        for segment, logprobs in zip(example.trajectory.segments, values, strict=True):
+            np.testing.assert_allclose(logprobs, segment.logprobs, atol=1e-4)
+
+
+def test_replay_of_an_edit_agrees_with_the_sampler_and_sees_source_and_instruction(tiny_policy):
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(str(i), PROMPTS[i]) for i in range(3)]
+    sources = [rng.integers(0, 256, (48, 48, 3)).astype(np.uint8) for _ in prompts]
+    samplings = [Sampling(seed=i, guidance=2.0) for i in range(3)]
+    rollouts = edit(Decoder(tiny_policy), prompts, sources, samplings, ["a", "b", "c"])
+    items = [TrainItem(r.trajectory, r.images, (WHOLE,)) for r in rollouts]
+    for option in ("live", "constant"):
+        found = segment_logprobs(tiny_policy, items, ReplayOptions(context=option))
+        for example, (values,) in zip(items, found, strict=True):
+            np.testing.assert_allclose(values, example.trajectory.segments[0].logprobs, atol=1e-4)
+    trajectory = items[0].trajectory
+    others = (
+        replace(items[0], trajectory=replace(trajectory, source_codes=trajectory.source_codes[::-1].copy())),
+        replace(items[0], trajectory=replace(trajectory, prompt=prompts[1])),
+        replace(items[0], blank_prompt=True),
+    )
+    for changed in others:
+        (values,) = segment_logprobs(tiny_policy, [changed])[0]
+        assert np.abs(values - trajectory.segments[0].logprobs).max() > 1e-3
+
+
+def gradients(policy, items: list[TrainItem], context: str) -> dict[str, torch.Tensor]:
+    policy.zero_grad(set_to_none=True)
+    replay = lay_out(items, policy.templates, ReplayOptions(context=context))
+    token_logprobs(policy, replay).logprobs.sum().backward()
+    grads = {n: p.grad.clone() for n, p in policy.janus.named_parameters() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    return grads
+
+
+@pytest.mark.parametrize("history", ["last", "all"])
+def test_a_constant_context_gets_no_gradient_and_leaves_the_logprobs_as_they_are(tiny_policy, history):
+    items = drawn(tiny_policy, redraw="always", history=history)
+    live, constant = (gradients(tiny_policy, items, context) for context in ("live", "constant"))
+    words = {int(t) for item in items for n in (1, 3) for t in item.trajectory.segments[n].token_ids}
+    framing = [i for item in items for i in tiny_policy.templates.prompt(item.trajectory.prompt.text)]
+    framing = [i for i in framing + tiny_policy.templates.redraw if i not in words]
+    table = "model.language_model.embed_tokens.weight"
+    assert live["model.aligner.fc1.weight"].abs().max() > 0 and live[table][framing].abs().max() > 0
+    aligner = [grad for name, grad in constant.items() if "model.aligner" in name]
+    assert all(not grad.any() for grad in aligner)
+    assert not constant[table][framing].any() and constant[table][list(words)].any()
+    assert constant["model.generation_embeddings.weight"].any()
+    a, b = (segment_logprobs(tiny_policy, items, ReplayOptions(context=c)) for c in ("live", "constant"))
+    for one, two in zip(a, b, strict=True):
+        for values, same in zip(one, two, strict=True):
+            np.testing.assert_allclose(values, same, atol=1e-5)
+
+
+def test_a_context_policy_embeds_what_is_looked_back_at_and_nothing_else(tiny_policy):
+    items, options = drawn(tiny_policy, 3, redraw="always"), ReplayOptions(context="constant")
+    reference, generator = copy.deepcopy(tiny_policy), torch.Generator().manual_seed(0)
+
+    def disturb(part: str) -> None:
+        with torch.no_grad():
+            for weight in reference.part(part).parameters():
+                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+
+    def flat(**context) -> np.ndarray:
+        found = segment_logprobs(reference, items, options, **context)
+        return np.concatenate([values for row in found for values in row])
+
+    before = flat(context_policy=tiny_policy)
+    np.testing.assert_array_equal(before, flat())
+    disturb("aligner")  # which embeds context alone
+    np.testing.assert_array_equal(flat(context_policy=tiny_policy), before)
+    assert np.abs(flat() - before).max() > 1e-3
+    disturb("generation_aligner")  # which embeds drawn images, too
+    after = flat(context_policy=tiny_policy)
+    assert np.abs(after - before).max() > 1e-3 and np.abs(after - flat()).max() > 1e-3
+    with pytest.raises(ValueError, match="context='constant'"):
+        segment_logprobs(reference, items, ReplayOptions(), context_policy=tiny_policy)
 
 
 @torch.no_grad()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import torch
+from PIL import Image
 
 from rlpipe.config import ScorerSection
+from rlpipe.learn.advantage import reference_items
+from rlpipe.learn.replay import segment_logprobs
 from rlpipe.observe.gallery import read_rollouts
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.types import Prompt, Rollout, Score, SegmentCredit
@@ -63,7 +68,8 @@ def test_the_record_of_a_drawn_group_has_its_shape_and_no_tokens(config) -> None
     for outline, rollout in zip(about.outlines, group, strict=True):
         assert outline.trajectory.verdicts == rollout.trajectory.verdicts
         assert [s.kind for s in outline.trajectory.segments] == [s.kind for s in rollout.trajectory.segments]
-        assert not outline.images and sum(map(len, outline.trajectory.segments)) == 0
+        assert list(map(len, outline.trajectory.segments)) == list(map(len, rollout.trajectory.segments))
+        assert not outline.images and not any(segment.token_ids.any() for segment in outline.trajectory.segments)
 
 
 def test_seeds_of_trajectories_differ_by_run_prompt_and_member_and_stay_the_same() -> None:
@@ -128,6 +134,40 @@ def test_the_reference_at_the_policys_own_weights_repeats_the_samplers_logprobs(
                 assert array == pytest.approx(segment.logprobs, abs=1e-4)
 
 
+def test_a_reference_with_the_policys_context_embeds_it_with_the_weights_it_was_sent(config) -> None:
+    config.reference.context, config.loss.verdict = "policy", "full"
+    worker = worker_with_weights(config)
+    _, group = worker.generate(0, requests("a photo of two red circles"))
+    actor, groups = ReferenceActor(config), [ray.put(group)]
+    before = actor.logprobs(groups)[1]
+    with torch.no_grad():
+        for part in ("aligner", "generation_aligner", "lm_head"):
+            for weight in worker.policy.part(part).parameters():
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    manifest = publish(dict(worker.policy.janus.named_parameters()), 1)
+    assert actor.load_weights(manifest) == worker.load_weights(manifest)
+    items, options = reference_items(group), replace(actor.options, context="constant")
+    expected = segment_logprobs(actor.policy, items, options, context_policy=worker.policy)
+    for member, old, new in zip(actor.logprobs(groups)[1], before, expected, strict=True):
+        for values, wanted in zip(member, new, strict=True):
+            assert values == pytest.approx(wanted, abs=1e-5)
+        assert abs(member[1] - old[1]).max() > 1e-3  # what is said of an image hangs on the aligner
+
+
+def test_a_worker_runs_the_program_that_is_configured(config, tmp_path: Path) -> None:
+    config.credit.rule, config.rollout.program = "single", "draw"
+    record, group = worker_with_weights(config).generate(0, requests("a photo of two red circles"))
+    assert all(len(rollout.trajectory.segments) == 1 for rollout in group)
+    assert record.groups[0].num_images == (1, 1, 1) and record.groups[0].truncated == 0
+    config.rollout.program = "edit"
+    source = np.full((60, 48, 3), 200, np.uint8)
+    Image.fromarray(source).save(tmp_path / "source.png")
+    prompt = Prompt("e", "a red circle", source_image=str(tmp_path / "source.png"))
+    _, edited = worker_with_weights(config).generate(0, [GroupRequest(0, prompt, 2, seed=1)])
+    for rollout in edited:
+        assert np.array_equal(rollout.source, source[:48]) and rollout.trajectory.source_codes is not None
+
+
 def shares_of(group: tuple[Rollout, ...]) -> list[Share]:
     """Advantages that differ by member, the last member left to another rank."""
     credits = [
@@ -174,7 +214,7 @@ def test_saved_samples_show_what_was_drawn_without_what_a_rule_added(config) -> 
     assert any(len(r.trajectory.segments) == 3 and len(r.images) == 1 for r in group)
     ref = ray.put(group)
     samples = [
-        Sample(ref, i, tuple(Score(str(k), 0.5) for k in range(len(r.images))), float("nan"), (0.1, 0.2, 0.3))
+        Sample(ref, i, tuple(Score(str(k), 0.5) for k in range(len(r.images))), (float("nan"),), (0.1, 0.2, 0.3))
         for i, r in enumerate(group)
     ]
     worker.save_samples(config.run.dir, 3, samples)

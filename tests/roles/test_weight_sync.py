@@ -44,6 +44,19 @@ def test_published_weights_arrive_bit_for_bit_whatever_the_size_of_the_buckets(b
     assert all(torch.equal(model[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+def test_a_holder_of_some_tensors_acknowledges_the_whole_version_and_checks_its_part(bucket_bytes: int) -> None:
+    weights = some_weights()
+    manifest = publish(weights, 3, bucket_bytes)
+    part = {"d.weight": torch.zeros_like(weights["d.weight"]), "own": torch.zeros(2)}
+    assert install(manifest, part, some=True) == Ack(3, manifest.checksum)
+    assert torch.equal(part["d.weight"], weights["d.weight"]) and not part["own"].any()
+    damaged = [np.array(ray.get(bucket)) for bucket in manifest.buckets]
+    damaged[-1][-1] ^= 1  # the end of d.weight
+    with pytest.raises(WeightError, match="checksum"):
+        install(replace(manifest, buckets=tuple(map(ray.put, damaged))), part, some=True)
+
+
 def test_slots_never_overlap_and_a_bucket_holds_no_more_than_it_may() -> None:
     slots = lay_out(some_weights(), 200)
     ends = {}

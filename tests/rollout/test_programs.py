@@ -7,97 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from rlpipe.policy.guidance import guide
-from rlpipe.policy.janus import JanusPolicy
 from rlpipe.rollout.decoder import Decoder
 from rlpipe.rollout.programs import draw_only, introspect, look
-from rlpipe.types import Prompt, Rollout, Sampling
+from rlpipe.types import Prompt, Sampling
+from tests.rollout.naive import TEXTS, Naive, rows, same_tokens
 
-TEXTS = (
-    "a photo of two red circles",
-    "a photo of a blue square",
-    "a photo of a green star above a red circle",
-)
 GREEDY = Sampling(image_temperature=0.0, text_temperature=0.0, max_reflection_tokens=6)
-
-
-def rows(count: int, sampling: Sampling, first_seed: int = 0) -> tuple[list[Prompt], list[Sampling], list[str]]:
-    """`count` rows over three prompts of different lengths, each with its own seed."""
-    prompts = [Prompt(id=f"p{i % 3}", text=TEXTS[i % 3]) for i in range(count)]
-    samplings = [replace(sampling, seed=first_seed + i) for i in range(count)]
-    return prompts, samplings, [f"row{i}" for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def decoder(tiny_policy) -> Decoder:
     return Decoder(tiny_policy)
-
-
-class Naive:
-    """Logits of every token of one rollout by full forwards over whole sequences, one row at a time."""
-
-    def __init__(self, policy: JanusPolicy, rollout: Rollout) -> None:
-        self.policy, self.rollout, self.trajectory = policy, rollout, rollout.trajectory
-        self.templates = policy.templates
-        self.prompt = self.templates.prompt(self.trajectory.prompt.text)
-
-    def _hidden(self, parts: list[torch.Tensor], positions: list[int]) -> torch.Tensor:
-        return self.policy.hidden(torch.cat(parts)[None], torch.tensor(positions)[None])[0]
-
-    def _text(self, ids) -> torch.Tensor:
-        return self.policy.embed_text(torch.as_tensor(ids, dtype=torch.long))
-
-    def _codes(self, codes: np.ndarray) -> torch.Tensor:
-        return self.policy.embed_codes(torch.from_numpy(codes))
-
-    def _image(self, prompt: list[int], index: int) -> torch.Tensor:
-        """Conditional or unconditional logits [N, K] of the image at segment `index`."""
-        segments, templates, count = self.trajectory.segments, self.templates, self.policy.num_image_tokens
-        image = segments[index].token_ids
-        parts, positions = [self._text(prompt)], list(range(len(prompt)))
-        if index == 2:
-            context = segments[0].token_ids if segments[0].context_ids is None else segments[0].context_ids
-            words = [token for token in segments[1].token_ids if token != templates.eos]
-            parts += [
-                self._codes(context),
-                self._text([*templates.look, *words]),
-                self._text(templates.redraw),
-            ]
-            positions += range(len(prompt), len(prompt) + count + len(templates.look) + len(words))
-            limit = self.trajectory.sampling.max_reflection_tokens
-            restart = len(prompt) + count + len(templates.look) + limit
-            positions += range(restart, restart + len(templates.redraw))
-        start = len(positions)
-        parts.append(self._codes(image))
-        positions += range(positions[-1] + 1, positions[-1] + 1 + count)
-        hidden = self._hidden(parts, positions)[start - 1 : start - 1 + count]
-        return self.policy.image_logits(hidden)
-
-    def _reflection(self) -> torch.Tensor:
-        templates, tokens = self.templates, self.trajectory.segments[1].token_ids
-        pixels = self.policy.embed_pixels(torch.from_numpy(self.rollout.images[0])[None])[0]
-        parts = [self._text(self.prompt), pixels, self._text(templates.look), self._text(tokens)]
-        length = sum(map(len, parts))
-        hidden = self._hidden(parts, list(range(length)))[length - len(tokens) - 1 : -1]
-        logits = self.policy.text_logits(hidden).clone()
-        allowed = torch.full_like(logits[0], -torch.inf)
-        allowed[[templates.yes, templates.no]] = 0.0
-        logits[0] += allowed
-        return logits
-
-    @torch.no_grad()
-    def logits(self, index: int) -> torch.Tensor:
-        """Policy logits [T, V] in float32 of segment `index`, before temperature."""
-        if self.trajectory.segments[index].kind == "text":
-            return self._reflection()
-        scale = self.trajectory.sampling.guidance
-        unconditional = self._image(self.templates.blank(self.prompt), index) if scale != 1.0 else None
-        return guide(self._image(self.prompt, index), unconditional, scale)
-
-
-def same_tokens(one: Rollout, other: Rollout) -> bool:
-    pairs = zip(one.trajectory.segments, other.trajectory.segments, strict=True)
-    return all(np.array_equal(a.token_ids, b.token_ids) for a, b in pairs)
 
 
 @pytest.mark.parametrize("context", ["sampled", "reencoded"])
@@ -115,13 +35,9 @@ def test_sampler_logprobs_equal_those_of_full_forwards(tiny_policy, decoder, gui
     lengths = {len(rollout.trajectory.segments[1]) for rollout in rollouts}
     assert len(lengths) > 1, "the rows should end their reflections at different lengths"
     for rollout in rollouts:
-        naive = Naive(tiny_policy, rollout)
-        for index, segment in enumerate(rollout.trajectory.segments):
-            temperature = 1.2 if segment.kind == "text" else 0.9
-            logprobs = (naive.logits(index) / temperature).log_softmax(-1).numpy()
-            expected = logprobs[np.arange(len(segment)), segment.token_ids]
+        for segment in rollout.trajectory.segments:
             assert segment.logprobs.dtype == np.float32 and segment.token_ids.dtype == np.int64
-            assert np.abs(segment.logprobs - expected).max() < 1e-4
+        assert Naive(tiny_policy, rollout).gap() < 1e-4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -134,9 +50,18 @@ def test_greedy_tokens_are_the_largest_logits_of_full_forwards(tiny_policy, deco
             assert not segment.logprobs.any()
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_row_does_not_depend_on_its_batch_mates_or_their_order(decoder, guidance):
-    prompts, samplings, ids = rows(9, Sampling(guidance=guidance))
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(guidance=2.0),
+        Sampling(max_images=3, reflection_room="exact"),
+        Sampling(guidance=2.0, max_images=3, history="all", redraw_context="reencoded"),
+    ],
+    ids=["plain", "guided", "three images", "three images, all seen"],
+)
+def test_a_row_does_not_depend_on_its_batch_mates_or_their_order(decoder, sampling):
+    prompts, samplings, ids = rows(9, sampling)
     whole = introspect(decoder, prompts, samplings, ids)
     order = [4, 8, 0, 3]
     part = introspect(decoder, *[[column[i] for i in order] for column in (prompts, samplings, ids)])
@@ -306,7 +231,8 @@ def test_rows_that_differ_in_more_than_their_seed_are_refused(decoder, change, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_images": 3}, "rollout.max_images: 3"),
+        ({"max_images": 0}, "rollout.max_images: 0"),
+        ({"max_images": 40, "history": "all"}, "trajectory can take"),
         ({"max_reflection_tokens": 0}, "rollout.max_reflection_tokens: 0"),
         ({"max_reflection_tokens": 1000}, "lower rollout.max_reflection_tokens"),
     ],
