@@ -75,18 +75,19 @@ class Batch:
 
     def metrics(self, sections: Sequence[ScorerSection]) -> dict[str, float]:
         groups = self.in_order()
-        verdicts = [o.trajectory.verdicts[0] for g in groups for o in g.record.outlines]
-        texts = [n for g in groups for n in g.record.num_text_tokens]
         metrics = {
-            "rollout/share_yes": sum(verdicts) / len(verdicts),
             "rollout/images": float(sum(sum(g.record.num_images) for g in groups)),
-            "rollout/reflection_tokens": sum(texts) / len(texts),
-            "rollout/truncated": sum(g.record.truncated for g in groups) / len(verdicts),
             "rollout/images_per_s": self.images / max(self.watch.seconds.get("draw", 0.0), 1e-9),
             "failures/scores": float(sum(self.missing.values())),
             "failures/groups": float(self.dropped),
             "failures/lost_draws": float(self.lost),
         }
+        verdicts = [o.trajectory.verdicts for g in groups for o in g.record.outlines if o.trajectory.verdicts]
+        if verdicts:
+            reflections = sum(map(len, verdicts))
+            metrics["rollout/share_yes"] = sum(said[0] for said in verdicts) / len(verdicts)
+            metrics["rollout/reflection_tokens"] = sum(sum(g.record.num_text_tokens) for g in groups) / reflections
+            metrics["rollout/truncated"] = sum(g.record.truncated for g in groups) / reflections
         for section in sections:
             parts = [s.parts for g in groups for member in g.scores for s in member if section.name in s.parts]
             if parts:

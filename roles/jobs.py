@@ -15,6 +15,10 @@ from rlpipe.config import Config, ConfigError
 from rlpipe.data.prompts import PromptError, load_prompts
 from rlpipe.learn.checkpoint import CheckpointError
 from rlpipe.learn.fsdp import LearnerError
+from rlpipe.paths import resolve_path
+from rlpipe.policy import checkpoint
+from rlpipe.policy.templates import Templates, check_prompts
+from rlpipe.reward.scorer import check_scorers
 from roles.batch import ScoresMissing
 from roles.evaluation import Evaluation, measure_run, show
 from roles.group import ActorPool, RoleError
@@ -40,6 +44,7 @@ EXPECTED = (
     LearnerError,
     WeightError,
     CheckpointError,
+    checkpoint.CheckpointError,
 )
 """Errors that a person can act on: told in one line, without a traceback."""
 
@@ -63,7 +68,9 @@ def run_job(job: Callable[[Config], Coroutine], config: Config) -> int:
 async def sft(config: Config) -> None:
     """Supervised fine-tuning of the three sub-tasks; leaves a policy in the run folder."""
     config = with_absolute_paths(config)
-    demands = learner_demands(config) | {"examples": Demand("examples", 1, 0, 0, "sft.num_samples")}
+    demands = learner_demands(config) | {
+        "examples": Demand("examples", 1, config.sft.num_cpus, config.sft.num_gpus, "sft.num_gpus")
+    }
     connect(config, demands)
     trainer, examples = Trainer(config, demands["learner"]), examples_pool(config, demands)
     try:
@@ -110,7 +117,11 @@ async def train_supervised(config: Config, trainer: Trainer, examples: ActorPool
 async def grpo(config: Config) -> None:
     """Reinforcement learning, then the table of the held-out prompts."""
     started = time.monotonic()
+    check_scorers(config.reward)
     prompts = load_prompts(config.data.prompts)
+    tokenizer, *_ = checkpoint.read_configs(resolve_path(config.policy.path))
+    for rows in (prompts, load_prompts(config.evaluate.prompts)):
+        check_prompts(rows, Templates(tokenizer).configured(config), config.rollout.program)
     config = with_absolute_paths(config)
     demands = grpo_demands(config)
     connect(config, demands)

@@ -86,14 +86,22 @@ class LearnerActor:
         self.items = batch[mine.start : mine.stop]
         return time.monotonic() - started
 
-    def step(self, denominator: float, step: int, total_steps: int, fresh: bool) -> dict[str, float]:
+    def step(
+        self,
+        denominator: float,
+        step: int,
+        total_steps: int,
+        fresh: bool,
+        lr_scale: float = 1.0,
+        kl_scale: float = 1.0,
+    ) -> dict[str, float]:
         """One optimiser step on the batch that was assembled; the metrics of all ranks together, and seconds.
 
         Raises LearnerError, with the weights untouched, if the step is refused.
         """
         started = time.monotonic()
         items, self.items = self.items, []
-        metrics = self.learner.step(items, denominator, step, total_steps, fresh)
+        metrics = self.learner.step(items, denominator, step, total_steps, fresh, lr_scale, kl_scale)
         return {**metrics, "time/learn": time.monotonic() - started}
 
     def publish(self, version: int) -> Manifest | None:
@@ -105,9 +113,9 @@ class LearnerActor:
         """Put the trained parts of policy.path, as they were before any step, into the object store (rank 0)."""
         if self.rank != 0:
             return None
-        policy = JanusPolicy.load(self.config.policy.path, getattr(torch, self.config.policy.dtype))
+        policy = JanusPolicy.from_config(self.config, getattr(torch, self.config.policy.dtype))
         parameters = dict(policy.janus.named_parameters())
-        return publish({name: parameters[name] for name in self.learner.parameters}, version)
+        return publish({name: parameters[name] for name in self.learner.weight_names()}, version)
 
     def save(self, checkpoints: str, step: int, driver: dict) -> None:
         """Commit the checkpoint of a step with the driver's state."""
@@ -124,7 +132,7 @@ class LearnerActor:
         dtype = getattr(torch, self.config.policy.dtype)
         weights = self.learner.weights(dtype)
         if self.rank == 0:
-            policy = JanusPolicy.load(self.config.policy.path, dtype)
+            policy = JanusPolicy.from_config(self.config, dtype)
             parameters = dict(policy.janus.named_parameters())
             with torch.no_grad():
                 for name, tensor in weights.items():

@@ -13,7 +13,9 @@ step will train; 0 is synchronous training. So what a synchronous step consumes 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import ObjectRef
@@ -21,7 +23,9 @@ from ray.exceptions import ObjectLostError
 
 from rlpipe.config import Config
 from rlpipe.data.prompts import PromptCursor
-from rlpipe.learn.advantage import Credited, assign_credit
+from rlpipe.learn.advantage import Credited, assign_credit, reflection_rewards
+from rlpipe.learn.checkpoint import CheckpointError
+from rlpipe.learn.decline import Decline, Reaction
 from rlpipe.reward.scorer import combine
 from rlpipe.types import Prompt
 from roles.batch import Batch, Chunk, ScoredGroup, ScoresMissing, missing_scores
@@ -56,6 +60,11 @@ class GrpoPipeline:
         self.rollout, self.scorers, self.reference = rollout, list(scorers), reference
         self.cursor = PromptCursor(prompts, config.seed, config.data.shuffle)
         self.sync = WeightSync(rollout, config.rollout.timeout_s)
+        self.syncs = [self.sync]
+        if reference is not None and config.reference.context == "policy":
+            self.syncs.append(WeightSync(reference, config.reference.timeout_s))
+        self.decline = Decline(config.decline)
+        self.renewed: str | None = None
         self._batches: dict[int, Batch] = {}
         self._work: asyncio.Queue[Chunk] = asyncio.Queue()
         self._new_version = asyncio.Condition()
@@ -80,15 +89,21 @@ class GrpoPipeline:
                 task.cancel()
 
     def _state(self) -> dict[str, Any]:
-        """For a checkpoint: the place in the stream of prompts, and the prompts taken for steps not trained yet."""
+        """For a checkpoint: the place in the stream of prompts, the prompts taken for steps not trained yet, and what
+        a declining reward curve has led to."""
         taken = {step: sorted(batch.requests) for step, batch in self._batches.items() if batch.requests}
         pending = {str(step): ordinals for step, ordinals in (self._pending | taken).items()}
-        return {"cursor": self.cursor.state(), "pending": pending}
+        decline = self.decline.state_dict()
+        return {"cursor": self.cursor.state(), "pending": pending, "decline": decline, "reference": self.renewed}
 
     def _restore(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.cursor.restore(state["cursor"])
             self._pending = {int(step): list(ordinals) for step, ordinals in state["pending"].items()}
+            self.decline.load_state_dict(state["decline"])
+            self.renewed = state["reference"]
+            if self.renewed is not None and not Path(self.renewed).is_dir():
+                raise CheckpointError(f"reference: {self.renewed}, which the checkpoint goes on with, is gone")
 
     def _spawn(self, loop: Coroutine) -> asyncio.Task:
         task = asyncio.create_task(loop)
@@ -194,10 +209,13 @@ class GrpoPipeline:
             if result is None:
                 continue
             metrics, credited = result
+            reaction = self.decline.observe(self.trainer.step, metrics.get("reward/trajectory/mean", math.nan))
             del self._batches[batch.step]
             # Before workers get new weights: in synchronous training no prompt is under way at this point.
             self._boundary = self._state()
             manifest = await self.trainer.publish()
+            if reaction is not None:
+                await self._react(reaction)
             if self._sending is not None:
                 await self._sending
             self._sending = self._spawn(self._send(manifest))
@@ -217,11 +235,18 @@ class GrpoPipeline:
         unblocked by: _train.
         """
         with self._batch(manifest.version).watch("sync"):
-            await self.sync.send(manifest)
+            await asyncio.gather(*(sync.send(manifest) for sync in self.syncs))
         async with self._new_version:
             self._new_version.notify_all()
 
     # parts of the loops
+
+    async def _react(self, reaction: Reaction) -> None:
+        """Tell of a reaction to the reward curve; what it asks of the reference is done before the next step."""
+        self.trainer.say(reaction.line)
+        if reaction.kind == "renew_reference":
+            self.renewed = await self.trainer.keep_as_reference(self.renewed)
+            self._boundary = self._state()
 
     def _request(self, batch: Batch, prompts: list[tuple[int, Prompt]]) -> None:
         """Make prompts the step's own and queue their groups."""
@@ -254,7 +279,8 @@ class GrpoPipeline:
         if self.reference is None:
             return [None] * len(groups)
         timeout, returns = self.config.reference.timeout_s, 1 + len(groups)
-        seconds, *logprobs = await self.reference.call("logprobs", groups, timeout_s=timeout, num_returns=returns)
+        call = self.reference.call("logprobs", groups, self.renewed, timeout_s=timeout, num_returns=returns)
+        seconds, *logprobs = await call
         batch.watch.add("reference", seconds / len(self.reference.replicas))
         return logprobs
 
@@ -296,6 +322,7 @@ class GrpoPipeline:
             [group.record.ordinal for group, _ in members],
             self.config.credit,
             [()] * len(members) if self.reference is not None else None,
+            self.config.loss.train_eos,
         )
         shares = [self._share(groups, credited, part) for part in split(len(members), self.config.learner.ranks)]
         try:
@@ -305,7 +332,9 @@ class GrpoPipeline:
             batch.outstanding, batch.groups = len(batch.requests), {}
             self._draw_again(batch, list(batch.requests.values()), error)
             return None
-        metrics = await self.trainer.train(credited.batch.denominator, fresh=max(staleness) == 0)
+        metrics = await self.trainer.train(
+            credited.batch.denominator, max(staleness) == 0, self.decline.lr_scale, self.decline.kl_scale
+        )
         metrics |= credited.metrics | {
             "train/staleness": sum(staleness) / len(staleness),
             "train/staleness_max": float(max(staleness)),
@@ -321,8 +350,9 @@ class GrpoPipeline:
             index, member = number % len(batch.groups), number // len(batch.groups) % size
             group, place = batch.in_order()[index], index * size + member
             advantages = tuple(credit.advantage for credit in credited.batch.items[place].credits)
-            reward = float(credited.rewards["reflection"][place])
-            samples.append(Sample(group.rollouts, member, group.scores[member], reward, advantages))
+            scores, trajectory = group.scores[member], group.record.outlines[member].trajectory
+            said = tuple(reflection_rewards(trajectory, [score.value for score in scores]))
+            samples.append(Sample(group.rollouts, member, scores, said, advantages))
         try:
             where = (self.config.run.dir, batch.step + 1)
             await self.rollout.call("save_samples", *where, samples, timeout_s=self.config.rollout.timeout_s)
@@ -342,7 +372,7 @@ class GrpoPipeline:
 
     def _metrics(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
         """What the driver knows of a step besides the learner's and the credit's numbers."""
-        metrics = batch.metrics(self.config.reward)
+        metrics = batch.metrics(self.config.reward) | self.decline.metrics()
         for pool in (self.rollout, *self.scorers, self.reference, self.trainer.ranks):
             if pool is not None:
                 metrics |= {f"idle/{pool.role}": pool.idle_share(), **pool.counts()}

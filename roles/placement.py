@@ -133,7 +133,8 @@ def with_absolute_paths(config: Config) -> Config:
     if config.resume not in ("auto", "never"):
         config.resume = str(resolve_path(config.resume))
     config.policy.path = str(resolve_path(config.policy.path))
-    config.reference.path = str(resolve_path(config.reference.path or config.policy.path))
+    if config.reference.path is not None:
+        config.reference.path = str(resolve_path(config.reference.path))
     config.sft.data = str(resolve_path(config.sft.data)) if config.sft.data else ""
     for scorer in config.reward:
         scorer.path = None if scorer.path is None else str(resolve_path(scorer.path))

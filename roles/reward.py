@@ -38,7 +38,7 @@ class RewardActor:
         started = time.monotonic()
         fetched: list[tuple[Rollout, ...]] = ray.get(groups, timeout=self.section.timeout_s)
         requests = [
-            ScoreRequest(f"{rollout.trajectory.id}/{number}", rollout.trajectory.prompt, image)
+            ScoreRequest(f"{rollout.trajectory.id}/{number}", rollout.trajectory.prompt, image, rollout.source)
             for group in fetched
             for rollout in group
             for number, image in enumerate(rollout.images)

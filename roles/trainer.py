@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -103,9 +105,12 @@ class Trainer:
         """Have each rank fetch its part of a batch of ready-made items."""
         await self._ask_all("assemble_items", [items], count)
 
-    async def train(self, denominator: float, fresh: bool = True) -> dict[str, float]:
+    async def train(
+        self, denominator: float, fresh: bool = True, lr_scale: float = 1.0, kl_scale: float = 1.0
+    ) -> dict[str, float]:
         """One optimiser step on what was assembled. Raises LearnerError, weights untouched, if it is refused."""
-        metrics = await self._ask_all("step", denominator, self.step, self.config.train.steps, fresh)
+        steps = self.config.train.steps
+        metrics = await self._ask_all("step", denominator, self.step, steps, fresh, lr_scale, kl_scale)
         self.step += 1
         return metrics[0]
 
@@ -128,6 +133,22 @@ class Trainer:
 
     async def export(self, folder: Path) -> None:
         await self._ask_all("export", str(folder))
+
+    async def keep_as_reference(self, held: str | None) -> str:
+        """The present policy as a checkpoint in the run folder, there as a whole or not at all; its path.
+
+        Earlier ones go, but those that a checkpoint of the run names and `held`, which is still in use.
+        """
+        home = self.run_dir / "reference"
+        named = "".join(path.read_text() for path in (self.run_dir / "checkpoints").glob("step_*/state.json"))
+        for folder in home.glob("*") if home.is_dir() else ():
+            if str(folder) != held and json.dumps(str(folder)) not in named:
+                shutil.rmtree(folder)
+        folder, unfinished = home / f"step_{self.step:06d}", home / "unfinished"
+        await self.export(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        return str(folder)
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl and of the terminal."""

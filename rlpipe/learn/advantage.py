@@ -1,18 +1,22 @@
-"""Credit: scores of a group -> an advantage per span -> what the learner does with each segment.
+"""Credit: scores of a group -> an advantage per reward -> what the learner does with each segment.
 
-Three spans: the first image, the reflection on it, the final image. Rewards (paper 3.3, official code):
-    first       P(yes | image 1)
-    reflection  1 - |P(yes | image 1) - [said Yes]|
-    final       P(yes | final image)
-Each span is normalised in its own group. The rules differ in what the final image is, and where it stands:
+An image i is worth R(I_i), its score; the reflection on it 1 - |R(I_i) - [said Yes]| (paper 3.3). The rules:
+
+v1, v2, v3 (official code) reward three spans, the first image, the reflection on it and the final image, each compared
+within its group by itself; the loss is the mean over spans. They differ in what the final image is and where it stands:
     v1  "Yes": image 1, its own tokens once more; "No": image 2
     v2  "Yes": image 1, its tokens teacher-forced behind the redraw context; "No": image 2
     v3  image 2, always drawn
+`summed` (paper 3.3) gives all tokens of a trajectory one advantage. With at most T images, of which it drew K,
+    R = sum_{i<K} R(I_i) + (T - K + 1) R(I_K) + T/n sum_i (1 - |R(I_i) - [said Yes]_i|)
+over the n reflections there are: an image that ends a trajectory for want of rounds is not looked at.
+`segments` rewards every image and reflection, compared with those at the same place in the group's trajectories.
+`single` rewards the only image of a drawing or an edit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +25,8 @@ from rlpipe.schema import CreditSection
 from rlpipe.types import Rollout, Segment, SegmentCredit, TrainBatch, TrainItem, Trajectory
 
 SPANS = ("first", "reflection", "final")
+ACCEPTING = ("v1", "v2", "summed")
+"""Rules for which a trajectory ends with the image that was said to match, even if more were drawn."""
 
 References = Sequence[tuple[np.ndarray | None, ...]]
 
@@ -35,13 +41,13 @@ class FinalSpan:
 
 def final_v1(trajectory: Trajectory) -> FinalSpan:
     """The accepted image: an accepted first image is credited twice, on the same tokens."""
-    image = _accepted(trajectory)
+    image = accepted_image(trajectory)
     return FinalSpan(image, trajectory.images[image])
 
 
 def final_v2(trajectory: Trajectory) -> FinalSpan:
     """The accepted image; an accepted first image by its copy behind the redraw context (see `extend`)."""
-    return FinalSpan(_accepted(trajectory), trajectory.images[-1])
+    return FinalSpan(accepted_image(trajectory), trajectory.images[-1])
 
 
 def final_v3(trajectory: Trajectory) -> FinalSpan:
@@ -54,30 +60,54 @@ def final_v3(trajectory: Trajectory) -> FinalSpan:
     return FinalSpan(1, trajectory.images[1])
 
 
-RULES: dict[str, Callable[[Trajectory], FinalSpan]] = {"v1": final_v1, "v2": final_v2, "v3": final_v3}
+FINALS: dict[str, Callable[[Trajectory], FinalSpan]] = {"v1": final_v1, "v2": final_v2, "v3": final_v3}
 
 
-def _accepted(trajectory: Trajectory) -> int:
-    """Index of the final image among the images that were drawn."""
-    said_yes = bool(trajectory.verdicts) and trajectory.verdicts[0]
-    return 0 if said_yes else len(trajectory.images) - 1
+def accepted_image(trajectory: Trajectory) -> int:
+    """Number of the image that the trajectory stops at: the first that was said to match, else the last."""
+    return trajectory.images.index(trajectory.final_image)
+
+
+def reflection_rewards(trajectory: Trajectory, scores: Sequence[float | None]) -> list[float]:
+    """1 - |R(I_i) - [said Yes]_i| of each reflection, in order; NaN where the image's score is missing."""
+    known = _known(scores)
+    return [1.0 - abs(known[i] - float(yes)) for i, yes in enumerate(trajectory.verdicts)]
+
+
+def _known(scores: Sequence[float | None]) -> list[float]:
+    return [float("nan") if score is None else float(score) for score in scores]
 
 
 def extend(rollouts: Sequence[Rollout], rule: str) -> list[Rollout]:
-    """The rollouts with the segments that a rule adds; call it before the reference scores them.
+    """The rollouts with the segments that a rule credits; call it before anything scores them.
 
-    v2 gives a trajectory that ends with "Yes" its first image once more, as a teacher-forced second one.
+    Where a rule ends a trajectory with its accepted image, what was drawn after that one (rollout.redraw=always) is
+    left out. v2 then gives a trajectory that ends with "Yes" its first image once more, as a teacher-forced second one.
     """
     if rule not in RULES:
         raise ValueError(f"credit.rule: {rule!r} is none of {', '.join(RULES)}")
-    if rule != "v2":
-        return list(rollouts)
-    return [_forced(rollout) for rollout in rollouts]
+    if rule in ACCEPTING:
+        rollouts = [_until_accepted(rollout) for rollout in rollouts]
+    return [_forced(rollout) for rollout in rollouts] if rule == "v2" else list(rollouts)
+
+
+def _until_accepted(rollout: Rollout) -> Rollout:
+    trajectory = rollout.trajectory
+    kept = accepted_image(trajectory) + 1
+    if kept == len(trajectory.images):
+        return rollout
+    trajectory = replace(
+        trajectory,
+        segments=trajectory.segments[: trajectory.images[kept]],
+        verdicts=trajectory.verdicts[:kept],
+        truncated=trajectory.truncated[:kept],
+    )
+    return replace(rollout, trajectory=trajectory, images=rollout.images[:kept])
 
 
 def _forced(rollout: Rollout) -> Rollout:
     trajectory = rollout.trajectory
-    if trajectory.verdicts[:1] != (True,) or len(trajectory.images) > 1:
+    if trajectory.verdicts[:1] != (True,):
         return rollout
     first = trajectory.segments[0]
     if trajectory.sampling.redraw_context == "reencoded" and first.context_ids is None:
@@ -99,9 +129,11 @@ def reference_items(rollouts: Sequence[Rollout]) -> list[TrainItem]:
 class Credited:
     """What `assign_credit` makes of a step's rollouts.
 
-    batch:      one item per rollout, in order; the denominator is the number of rollouts times three.
-    rewards, advantages: by span name, float64 [N], NaN where a score is missing.
-    metrics:    reward/<span>/{mean,std} and failures/*.
+    batch:      one item per rollout, in order; its denominator is the number of rollouts, for v1 to v3 times three.
+    rewards:    by name, float64 [N], NaN where a score is missing or the trajectory has no such segment. Every rule
+                has `trajectory`, one number for all of it, and of `first`, `reflection`, `final` what there is.
+    advantages: of the rewards that the rule compares, by name, float64 [N], NaN where there is none.
+    metrics:    reward/<name>/{mean,std} and failures/*.
     """
 
     batch: TrainBatch
@@ -116,29 +148,150 @@ def assign_credit(
     groups: Sequence[int],
     section: CreditSection,
     references: References | None = None,
+    train_eos: bool = True,
 ) -> Credited:
     """Credit the segments of rollouts that went through `extend`.
 
-    probabilities: per rollout P(yes) of each of its images, None where the score failed. That takes the
-                   credit (and the KL) of the spans that needed it and is counted, never read as a zero.
+    probabilities: per rollout the score of each of its images, None where it failed. That takes the credit
+                   (and the KL) of the rewards that needed it and is counted, never read as a zero.
     groups:        per rollout the number of its group; rollouts of one group compete.
     references:    per rollout the reference log-probs of its segments; without them no KL is asked.
+    train_eos:     whether end-of-sentence tokens are in the loss; `summed` counts tokens.
     """
     if not len(rollouts) == len(probabilities) == len(groups):
         raise ValueError(f"credit: {len(rollouts)} rollouts, {len(probabilities)} rows of scores, {len(groups)} groups")
-    finals = [RULES[section.rule](rollout.trajectory) for rollout in rollouts]
-    rewards = span_rewards([r.trajectory for r in rollouts], probabilities, finals)
-    advantages = {name: group_advantages(rewards[name], groups, section.std_eps) for name in SPANS}
+    trajectories = [rollout.trajectory for rollout in rollouts]
+    plan = RULES[section.rule](trajectories, [_known(scores) for scores in probabilities], section, train_eos)
+    compared = dict.fromkeys(part.reward for parts in plan.parts for part in parts)
+    advantages = {n: group_advantages(plan.rewards[n], groups, section.std_eps, section.std) for n in compared}
     if section.balance_verdicts:
-        advantages["reflection"] = advantages["reflection"] * verdict_weights(rewards["first"])
+        for name in (n for n in advantages if n.startswith("reflection")):
+            image = int(name.partition("_")[2] or 1) - 1
+            looked_at = [row[image] if image < len(row) else None for row in probabilities]
+            advantages[name] = advantages[name] * verdict_weights(np.array(_known(looked_at)))
     items = []
-    for index, (rollout, final) in enumerate(zip(rollouts, finals, strict=True)):
-        own = {name: float(advantages[name][index]) for name in SPANS}
-        credits = _credits(rollout.trajectory, own, final, section, references is not None)
+    for index, (rollout, parts) in enumerate(zip(rollouts, plan.parts, strict=True)):
+        own = {name: float(values[index]) for name, values in advantages.items()}
+        credits = _credits(len(rollout.trajectory.segments), parts, own, references is not None)
         stored = tuple(references[index]) if references is not None else ()
         items.append(TrainItem(rollout.trajectory, rollout.images, credits, stored))
-    batch = TrainBatch(tuple(items), float(len(SPANS) * len(items)))
-    return Credited(batch, rewards, advantages, _metrics(rewards, advantages, groups, probabilities))
+    batch = TrainBatch(tuple(items), float(plan.terms * len(items)))
+    return Credited(batch, plan.rewards, advantages, _metrics(plan.rewards, advantages, groups, probabilities))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A reward's claim on one segment: its advantage and its KL are added with this weight."""
+
+    segment: int
+    reward: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rule makes of scores, before trajectories are compared; `terms` of each make its share of the loss."""
+
+    rewards: dict[str, np.ndarray]
+    parts: list[list[Part]]
+    terms: int = 1
+
+
+def _span_rule(finals: Callable[[Trajectory], FinalSpan]) -> Callable[..., Plan]:
+    """A rule of three spans: three rewards, three terms of equal weight in the loss."""
+
+    def rule(
+        trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
+    ) -> Plan:
+        spans = [finals(trajectory) for trajectory in trajectories]
+        rewards = span_rewards(trajectories, scores, [span.image for span in spans], first_only=True)
+        rewards["trajectory"] = sum(rewards[name] for name in SPANS)
+        parts = []
+        for trajectory, span in zip(trajectories, spans, strict=True):
+            places = {"first": 0, "reflection": 1, "final": span.segment}
+            weights = (section.first_weight, section.reflection_weight, section.final_weight)
+            row = [Part(places[name], name, w) for name, w in zip(SPANS, weights, strict=True)]
+            parts.append(row if trajectory.texts else [row[0], row[2]])
+        return Plan(rewards, parts, terms=len(SPANS))
+
+    return rule
+
+
+def _summed(
+    trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
+) -> Plan:
+    """One reward for a trajectory; each segment's weight is its share of the tokens, so that the loss is their mean."""
+    finals = [accepted_image(trajectory) for trajectory in trajectories]
+    rewards = span_rewards(trajectories, scores, finals)
+    totals = [summed_reward(t, row) for t, row in zip(trajectories, scores, strict=True)]
+    rewards["generation"], rewards["comprehension"] = np.array(totals, np.float64).reshape(-1, 2).T
+    rewards["trajectory"] = rewards["generation"] + rewards["comprehension"]
+    parts = []
+    for trajectory in trajectories:
+        counts = _num_trained(trajectory, train_eos)
+        parts.append([Part(i, "trajectory", count / sum(counts)) for i, count in enumerate(counts)])
+    return Plan(rewards, parts)
+
+
+def summed_reward(trajectory: Trajectory, scores: Sequence[float]) -> tuple[float, float]:
+    """The paper's R_gen and R_comp of one trajectory; NaN where a score that one needs is missing."""
+    rounds, stop = trajectory.sampling.max_images, accepted_image(trajectory)
+    generation = sum(scores[:stop]) + (rounds - stop) * scores[stop]
+    said = reflection_rewards(trajectory, scores)
+    return generation, rounds * float(np.mean(said)) if said else 0.0
+
+
+def _num_trained(trajectory: Trajectory, train_eos: bool) -> list[int]:
+    """Tokens in the loss by segment; a reflection that was not cut off ends with an end-of-sentence token."""
+    counts = [len(segment) for segment in trajectory.segments]
+    if not train_eos:
+        for text, cut in zip(trajectory.texts, trajectory.truncated, strict=True):
+            counts[text] -= not cut
+    return counts
+
+
+def _segments(
+    trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
+) -> Plan:
+    """A reward for each place of a trajectory (image_1, reflection_1, image_2, ...), equally weighted in each."""
+    rewards = span_rewards(trajectories, scores, [accepted_image(trajectory) for trajectory in trajectories])
+    rewards["trajectory"] = np.full(len(trajectories), np.nan)
+    weights = {"image_1": section.first_weight}
+    parts = []
+    for index, (trajectory, row) in enumerate(zip(trajectories, scores, strict=True)):
+        of_images, of_texts = iter(row), iter(reflection_rewards(trajectory, row))
+        values, parts_of = [], []
+        for segment, kind in enumerate(s.kind for s in trajectory.segments):
+            name = f"{'image' if kind == 'image' else 'reflection'}_{segment // 2 + 1}"
+            values.append(next(of_images) if kind == "image" else next(of_texts))
+            rewards.setdefault(name, np.full(len(trajectories), np.nan))[index] = values[-1]
+            weight = section.final_weight if kind == "image" else section.reflection_weight
+            parts_of.append(Part(segment, name, weights.get(name, weight) / len(trajectory.segments)))
+        rewards["trajectory"][index] = np.mean(values)
+        parts.append(parts_of)
+    return Plan(rewards, parts)
+
+
+def _single(
+    trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
+) -> Plan:
+    """The score of the one image."""
+    for trajectory in trajectories:
+        if len(trajectory.segments) != 1:
+            raise ValueError(
+                f"trajectory {trajectory.id}: credit.rule single credits one image and there are "
+                f"{len(trajectory.segments)} segments; set rollout.program=draw, or another credit.rule"
+            )
+    values = np.array([row[0] for row in scores], np.float64)
+    return Plan({"final": values, "trajectory": values}, [[Part(0, "final", 1.0)] for _ in trajectories])
+
+
+RULES: dict[str, Callable[..., Plan]] = {
+    **{name: _span_rule(finals) for name, finals in FINALS.items()},
+    "summed": _summed,
+    "segments": _segments,
+    "single": _single,
+}
 
 
 def verdict_weights(probabilities: np.ndarray) -> np.ndarray:
@@ -153,24 +306,32 @@ def verdict_weights(probabilities: np.ndarray) -> np.ndarray:
 
 def span_rewards(
     trajectories: Sequence[Trajectory],
-    probabilities: Sequence[Sequence[float | None]],
-    finals: Sequence[FinalSpan],
+    scores: Sequence[Sequence[float]],
+    finals: Sequence[int],
+    first_only: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Reward of each span, float64 [N] by span name; NaN where its score is missing."""
+    """Rewards of first image, reflections and final image, float64 [N] by span name; NaN where there is none.
+
+    finals:     per trajectory the number of its final image.
+    first_only: the reflection's reward is that of the first one, not the mean of all.
+    """
     rewards = {name: np.full(len(trajectories), np.nan) for name in SPANS}
-    for index, (trajectory, scores, final) in enumerate(zip(trajectories, probabilities, finals, strict=True)):
-        known = [np.nan if score is None else float(score) for score in scores]
-        if final.image >= len(known):
-            raise ValueError(f"trajectory {trajectory.id}: {len(known)} scores, the rule needs {final.image + 1}")
-        rewards["first"][index] = known[0]
-        rewards["final"][index] = known[final.image]
-        if trajectory.verdicts:
-            rewards["reflection"][index] = 1.0 - abs(known[0] - float(trajectory.verdicts[0]))
+    for index, (trajectory, row, final) in enumerate(zip(trajectories, scores, finals, strict=True)):
+        if final >= len(row):
+            raise ValueError(f"trajectory {trajectory.id}: {len(row)} scores, the rule needs {final + 1}")
+        rewards["first"][index], rewards["final"][index] = row[0], row[final]
+        said = reflection_rewards(trajectory, row)
+        if said:
+            rewards["reflection"][index] = said[0] if first_only else np.mean(said)
     return rewards
 
 
-def group_advantages(rewards: np.ndarray, groups: Sequence[int], std_eps: float = 1e-4) -> np.ndarray:
-    """(reward - mean) / (std + std_eps) within each group, std with n - 1; float64 [N].
+def group_advantages(
+    rewards: np.ndarray, groups: Sequence[int], std_eps: float = 1e-4, std: str = "sample"
+) -> np.ndarray:
+    """(reward - mean) / (std + std_eps) within each group; float64 [N].
+
+    std: "sample" divides squares by n - 1 (official code), "population" by n, "none" leaves reward - mean as it is.
 
     Statistics are those of the scores that are there. A missing score stays NaN, and so does the only score
     of a group, which has nothing to be compared with. A group of equal scores has advantage 0.
@@ -178,7 +339,8 @@ def group_advantages(rewards: np.ndarray, groups: Sequence[int], std_eps: float 
     advantages = np.full(len(rewards), np.nan)
     for members, values in _members(rewards, groups):
         if len(values) > 1:
-            advantages[members] = (values - values.mean()) / (values.std(ddof=1) + std_eps)
+            scale = 1.0 if std == "none" else values.std(ddof=int(std == "sample")) + std_eps
+            advantages[members] = (values - values.mean()) / scale
     return advantages
 
 
@@ -191,31 +353,19 @@ def _members(rewards: np.ndarray, groups: Sequence[int]) -> list[tuple[np.ndarra
 
 
 def _credits(
-    trajectory: Trajectory,
-    advantages: dict[str, float],
-    final: FinalSpan,
-    section: CreditSection,
-    with_kl: bool,
+    num_segments: int, parts: Sequence[Part], advantages: Mapping[str, float], with_kl: bool
 ) -> tuple[SegmentCredit, ...]:
-    """Credits of the segments: each span adds its weighted advantage and its weight of KL to its segment."""
-    places = {"first": 0, "final": final.segment}
-    if trajectory.texts:
-        places["reflection"] = trajectory.texts[0]
-    weights = {
-        "first": section.first_weight,
-        "reflection": section.reflection_weight,
-        "final": section.final_weight,
-    }
-    sums = np.zeros((len(trajectory.segments), 2))
-    for name, place in places.items():
-        if not np.isnan(advantages[name]):
-            sums[place] += weights[name] * np.array([advantages[name], float(with_kl)])
+    """Credits of the segments: each part adds its weighted advantage and its weight of KL to its segment."""
+    sums = np.zeros((num_segments, 2))
+    for part in parts:
+        if not np.isnan(advantages[part.reward]):
+            sums[part.segment] += part.weight * np.array([advantages[part.reward], float(with_kl)])
     return tuple(SegmentCredit(advantage=float(a), kl=float(kl)) for a, kl in sums)
 
 
 def _metrics(
-    rewards: dict[str, np.ndarray],
-    advantages: dict[str, np.ndarray],
+    rewards: Mapping[str, np.ndarray],
+    advantages: Mapping[str, np.ndarray],
     groups: Sequence[int],
     probabilities: Sequence[Sequence[float | None]],
 ) -> dict[str, float]:
@@ -227,6 +377,8 @@ def _metrics(
             metrics[f"reward/{name}/std"] = float(np.mean(spreads))
     scores = [score for row in probabilities for score in row]
     metrics["failures/scores"] = float(sum(score is None for score in scores))
-    lost = [g for g in set(groups) if np.isnan(advantages["first"][np.asarray(groups) == g]).all()]
+    compared = ~np.isnan(np.stack(list(advantages.values()))).all(axis=0)
+    groups = np.asarray(groups)
+    lost = [group for group in set(groups.tolist()) if not compared[groups == group].any()]
     metrics["failures/groups"] = float(len(lost))
     return metrics

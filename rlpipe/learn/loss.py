@@ -90,14 +90,16 @@ def policy_loss(
     logprobs: torch.Tensor,
     terms: TokenTerms,
     denominator: float,
-    clip: float = 0.2,
+    clip: float | None = 0.2,
     kl_beta: float = 0.04,
-    fresh: bool = True,
+    fresh: bool | torch.Tensor = True,
 ) -> tuple[torch.Tensor, Stats]:
     """Loss of the scored tokens, a scalar, and its metrics.
 
     logprobs: float32 [S] with gradients, under the policy that is trained.
-    fresh:    the weights are those that sampled; only then is the gap to `behaviour` one of implementations.
+    clip:     how far the ratio may be from 1 before it stops mattering; None switches clipping off.
+    fresh:    the weights are those that sampled, for all tokens or bool [S]; only then is the gap to `behaviour` one
+              of implementations.
 
     Per token: -min(ratio * A, clip(ratio) * A) + kl_beta * k3 and -ce * logprob, with
     ratio = exp(logprob - behaviour) and k3 = exp(reference - logprob) - (reference - logprob) - 1.
@@ -106,7 +108,9 @@ def policy_loss(
     detached = logprobs.detach()
     sampled = ~terms.behaviour.isnan()
     ratio = torch.exp(logprobs - torch.where(sampled, terms.behaviour, detached))
-    surrogate = torch.minimum(ratio * terms.advantage, ratio.clamp(1 - clip, 1 + clip) * terms.advantage)
+    surrogate = ratio * terms.advantage
+    if clip is not None:
+        surrogate = torch.minimum(surrogate, ratio.clamp(1 - clip, 1 + clip) * terms.advantage)
     difference = torch.where(terms.reference.isnan(), detached, terms.reference) - logprobs
     k3 = torch.exp(difference) - difference - 1.0
     policy = -surrogate.sum() / denominator
@@ -126,8 +130,8 @@ def _stats(
     k3: torch.Tensor,
     logprobs: torch.Tensor,
     terms: TokenTerms,
-    clip: float,
-    fresh: bool,
+    clip: float | None,
+    fresh: bool | torch.Tensor,
 ) -> Stats:
     stats = Stats()
     stats.total("loss/total", policy + kl + ce)
@@ -141,8 +145,9 @@ def _stats(
     credited = terms.advantage != 0
     sampled = credited & ~terms.behaviour.isnan()
     if sampled.any():
-        outside = torch.where(terms.advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & sampled
-        stats.mean("loss/clip_fraction", outside.sum(), sampled.sum())
+        if clip is not None:
+            outside = torch.where(terms.advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & sampled
+            stats.mean("loss/clip_fraction", outside.sum(), sampled.sum())
         stats.mean("loss/ratio_mean", ratio[sampled].sum(), sampled.sum())
         stats.maximum("loss/ratio_max", ratio[sampled].max())
     for name, of_kind in (("image", terms.image), ("text", ~terms.image)):
@@ -157,7 +162,7 @@ def _kind_stats(
     k3: torch.Tensor,
     logprobs: torch.Tensor,
     terms: TokenTerms,
-    fresh: bool,
+    fresh: bool | torch.Tensor,
 ) -> None:
     """KL, cross-entropy and the sampler-learner gap of one segment kind."""
     compared = of_kind & ~terms.reference.isnan()
@@ -166,8 +171,8 @@ def _kind_stats(
     supervised = of_kind & (terms.ce != 0)
     if supervised.any():
         stats.mean(f"loss/ce_{name}", -logprobs[supervised].sum(), supervised.sum())
-    sampled = of_kind & ~terms.behaviour.isnan()
-    if fresh and sampled.any():
+    sampled = of_kind & ~terms.behaviour.isnan() & fresh
+    if sampled.any():
         gap = (logprobs - terms.behaviour)[sampled].abs()
         for prefix in ("mismatch", f"mismatch/{name}"):
             stats.maximum(f"{prefix}/max_abs", gap.max())

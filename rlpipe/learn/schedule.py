@@ -12,21 +12,23 @@ SCHEDULES = ("constant", "linear", "cosine", "linear_then_linear", "linear_then_
 def learning_rate(section: LearnerSection, step: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0 is the first) of a run of `total_steps`.
 
-    Warm-up rises linearly to `lr`, reached at step warmup_steps - 1 (the official reinforcement code is one
-    step behind and spends step 0 at rate 0). Then:
     constant             lr
     linear, cosine       lr falls to min_lr at total_steps
-    linear_then_linear   lr falls to convert_lr at convert_steps, then to min_lr (official reinforcement code)
+    linear_then_linear   lr falls to convert_lr at convert_steps, then to min_lr at total_steps (official code)
     linear_then_cosine   the same with a cosine at the end (paper)
+
+    All begin with a linear warm-up over warmup_steps, W: of the first three, step x has lr (x + 1) / W; the other two
+    have lr x / W as officially, so that their step 0 changes no weight.
     """
     name, warmup, peak = section.schedule, section.warmup_steps, section.lr
     if name not in SCHEDULES:
         raise ValueError(f"learner.schedule: {name!r} is none of {', '.join(SCHEDULES)}")
+    two_parts = name.startswith("linear_then_")
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * (step if two_parts else step + 1) / warmup
     if name == "constant":
         return peak
-    if name in ("linear", "cosine"):
+    if not two_parts:
         return _fall(name, peak, section.min_lr, step, warmup, total_steps)
     convert = section.convert_steps
     if not warmup <= convert <= total_steps:

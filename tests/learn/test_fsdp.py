@@ -114,7 +114,8 @@ def test_a_refused_step_leaves_weights_and_version_alone(tiny_policy, tiny_polic
         learner.step(good, 0.0, 0, TOTAL)
     after = learner.weights()
     assert learner.policy_version == 0 and all(torch.equal(after[n], before[n]) for n in before)
-    assert learner.step(far, 3.0, 0, TOTAL, fresh=False)["train/policy_version"] == 1
+    of_another = [replace(i, trajectory=replace(i.trajectory, policy_version=7)) for i in far]
+    assert learner.step(of_another, 3.0, 0, TOTAL, fresh=False)["train/policy_version"] == 1
     assert np.isfinite(learner.step(good, 3.0, 1, TOTAL, fresh=False)["train/grad_norm"])
 
 

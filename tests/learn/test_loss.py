@@ -40,6 +40,37 @@ def test_the_ratio_is_clipped_on_the_side_that_gains():
     assert values["loss/ratio_max"] == pytest.approx(1.5)
 
 
+def test_at_ratio_one_clipping_changes_nothing_and_off_it_lets_every_ratio_count():
+    advantages, on_policy = [1.0, -2.0, 0.5], [-1.0, -2.0, -3.0]
+
+    def run(behaviour, clip):
+        current = torch.tensor(on_policy, requires_grad=True)
+        loss, stats = policy_loss(current, terms_of(behaviour=behaviour, advantage=advantages), 2.0, clip=clip)
+        return loss.item(), torch.autograd.grad(loss, current)[0].tolist(), stats.values()
+
+    clipped, free = run(on_policy, 0.2), run(on_policy, None)
+    assert clipped[:2] == free[:2]
+    assert free[0] == pytest.approx(-(1.0 - 2.0 + 0.5) / 2) and free[1] == pytest.approx([-0.5, 1.0, -0.25])
+    assert clipped[2]["loss/clip_fraction"] == 0 and "loss/clip_fraction" not in free[2]
+    ratios = [1.5, 0.5, 3.0]
+    moved = [lp - math.log(r) for lp, r in zip(on_policy, ratios, strict=True)]
+    loss, gradient, _ = run(moved, None)
+    assert loss == pytest.approx(-(1.5 - 1.0 + 1.5) / 2)
+    assert gradient == pytest.approx([-0.75, 0.5, -0.75])
+
+
+def test_an_end_of_sentence_out_of_the_loss_leaves_the_mean_over_the_other_tokens(tiny_policy):
+    example = with_logprobs(tiny_policy, [item(tiny_policy, 0, 2)])[0]
+    length = len(example.trajectory.segments[1])
+    for train_eos, count in ((True, length), (False, length - 1)):
+        replay = lay_out([example], tiny_policy.templates, ReplayOptions(train_eos=train_eos))
+        terms = token_terms([example], replay)
+        of_text = ~terms.image
+        assert of_text.sum() == count and (length - 1 in replay.offset[of_text]) == train_eos
+        shares = torch.full((count,), example.credits[1].advantage / count)
+        torch.testing.assert_close(terms.advantage[of_text], shares)
+
+
 def test_kl_is_k3_and_its_gradient_points_to_the_reference():
     current = torch.tensor([-1.0, -2.0], requires_grad=True)
     loss, stats = policy_loss(current, terms_of(reference=[-1.5, -1.0], kl=[0.5, 1.0]), 4.0, kl_beta=0.1)
@@ -74,6 +105,9 @@ def test_mismatch_is_measured_on_fresh_samples_alone():
     assert values["mismatch/image/max_abs"] == pytest.approx(0.25)
     stale = policy_loss(current, terms, 1.0, fresh=False)[1].values()
     assert not any(name.startswith("mismatch") for name in stale)
+    mixed = policy_loss(current, terms, 1.0, fresh=torch.tensor([True, False, True]))[1].values()
+    assert mixed["mismatch/max_abs"] == mixed["mismatch/image/max_abs"] == pytest.approx(0.25)
+    assert "mismatch/text/max_abs" not in mixed
 
 
 @pytest.mark.parametrize("cuts", [(2, 4), (1, 5)])

@@ -170,7 +170,9 @@ def test_an_asynchronous_run_overlaps_steps_and_never_exceeds_its_staleness(offi
     assert max(staleness) == 1
     assert office.ordinals() == list(range(10))
     assert [row["train/policy_version"] for row in metrics] == [1, 2, 3, 4, 5]
-    assert all("mismatch/max_abs" not in row for row in metrics if row["train/staleness_max"] > 0)
+    # What the present weights drew is compared, whatever else is in the batch.
+    assert [("mismatch/max_abs" in row) for row in metrics] == [row["train/staleness"] < 1 for row in metrics]
+    assert all(row.get("mismatch/max_abs", 0) < 1e-4 for row in metrics)
 
 
 def test_prompts_in_flight_at_an_asynchronous_checkpoint_are_drawn_again_once(office, tmp_path) -> None:
@@ -285,6 +287,36 @@ def test_drawn_groups_that_get_lost_are_drawn_again_and_change_nothing(office, u
     assert [row.pop("failures/lost_draws") for row in metrics] == [0, 0, 1, 0]
     assert metrics == [{k: v for k, v in row.items() if k != "failures/lost_draws"} for row in undisturbed]
     assert office.ordinals() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+
+
+def reacting(config: Config) -> Config:
+    """Every step counts as a slow decline: the KL weight is halved after one step, the reference renewed after two."""
+    config.decline.action, config.decline.window, config.decline.patience = "react", 1, 1
+    config.decline.cooldown, config.decline.reference_age = 0, 2
+    config.decline.slow_fall, config.decline.sharp_fall = -1.0, 1e9
+    return config
+
+
+def test_a_renewed_reference_is_the_policy_of_its_step_and_outlives_its_actor_and_the_run(office, tmp_path) -> None:
+    whole = office.train(reacting(office.config(tmp_path / "whole")))
+    assert [row["decline/renew_reference"] for row in whole] == [0, 1, 0, 1]
+    assert [row["decline/reference_step"] for row in whole] == [0, 2, 2, 4]
+    assert [row["decline/kl_scale"] for row in whole] == [0.5, 0.5, 0.25, 0.25]
+    distances = [row["kl/image"] for row in whole]
+    assert distances[1] > 0 and distances[3] > 0
+    assert distances[0] == 0 and distances[2] < 1e-9, "what is trained on is what the reference is"
+    assert (tmp_path / "whole" / "reference" / "step_000002" / "config.json").is_file()
+
+    def end(step: int, office: Office, trainer: Trainer) -> None:
+        if step == 3:
+            pid = ray.get(office.reference.replicas[0].handle.__ray_call__.remote(lambda actor: os.getpid()))
+            os.kill(pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = reacting(office.config(tmp_path / "halves"))
+    with pytest.raises(Stopped):
+        office.train(config, end)
+    assert office.train(config) == whole
 
 
 def test_samples_of_a_step_are_written_for_the_report(office, tmp_path) -> None:

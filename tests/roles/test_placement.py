@@ -36,6 +36,7 @@ def test_an_actor_larger_than_any_node_is_refused_although_the_cluster_is_large_
 
 def test_actors_get_absolute_paths_and_the_callers_configuration_stays_as_it_is() -> None:
     config = Config()
+    config.reference.path = config.policy.path
     there = with_absolute_paths(config)
     paths = (there.run.dir, there.policy.path, there.reference.path, there.reward[0].path)
     assert all(path.startswith("/") for path in paths)
