@@ -9,10 +9,8 @@ import torch
 from rlpipe.config import Config
 from rlpipe.data.sft import build_mixture
 from rlpipe.types import TrainItem
+from roles.rollout import actor_device
 from roles.work import ExamplesRecord, sampling_of
-
-TASKS = {1: "draw", 2: "judge", 3: "redraw"}
-"""Sub-task by the number of segments of its trajectories."""
 
 
 class ExampleActor:
@@ -23,8 +21,8 @@ class ExampleActor:
     """
 
     def __init__(self, config: Config) -> None:
-        torch.set_num_threads(config.learner.threads)
-        self.mixture = build_mixture(config.sft, config.policy.path, sampling_of(config.rollout, 0), config.seed)
+        torch.set_num_threads(config.sft.threads)
+        self.mixture = build_mixture(config, sampling_of(config.rollout, 0), actor_device(config.sft.num_gpus))
 
     def ready(self) -> str:
         return "examples"
@@ -33,5 +31,4 @@ class ExampleActor:
         """What optimiser step `step` trains on; call with num_returns=2."""
         started = time.monotonic()
         items = self.mixture.batch(step)
-        task = TASKS[len(items[0].trajectory.segments)]
-        return ExamplesRecord(time.monotonic() - started, task, len(items)), items
+        return ExamplesRecord(time.monotonic() - started, self.mixture.task(step), len(items)), items

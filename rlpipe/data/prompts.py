@@ -33,6 +33,10 @@ class PromptError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class LabelError(PromptError):
+    """Supervised examples that cannot be used; `problems` names file and line of up to ten bad rows."""
+
+
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts from a .txt (one a line), .jsonl or .parquet file, or a folder that `datasets` can load.
 
@@ -44,7 +48,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     path = resolve_path(path)
     if not path.exists():
         raise PromptError([f"{path} does not exist; give a .txt, .jsonl or .parquet file or a folder"])
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".txt": _read_text, ".jsonl": read_jsonl, ".parquet": _read_parquet}
     if path.is_file() and path.suffix not in readers:
         raise PromptError([f"{path}: no .txt, .jsonl or .parquet file; convert it"])
     try:
@@ -74,7 +78,8 @@ def _read_text(path: Path) -> Rows:
     return [(f"{path}:{i}", {"prompt": line}) for i, line in enumerate(lines, 1)]
 
 
-def _read_jsonl(path: Path) -> Rows:
+def read_jsonl(path: Path) -> Rows:
+    """Rows of a JSONL file; one that is not JSON holds its ValueError."""
     rows: Rows = []
     text = path.read_text(encoding="utf-8").rstrip()
     # Split at line feeds only: JSON strings may hold the other separators that str.splitlines splits at.

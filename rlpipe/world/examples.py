@@ -70,7 +70,8 @@ class WorldExamples:
             missing = [n for n in ("rendered.npz", "drawn.npz", "corrections.npy") if not (path / n).is_file()]
             if missing:
                 raise FileNotFoundError(
-                    f"sft.data: {path.resolve()} lacks {', '.join(missing)}; leave it empty to generate"
+                    f"sft.data: {path.resolve()} has no labels/ and lacks {', '.join(missing)}; leave it empty to "
+                    "generate examples"
                 )
             rendered, drawn = Pool.load(path / "rendered.npz"), Pool.load(path / "drawn.npz")
             correction = np.load(path / "corrections.npy", allow_pickle=False)

@@ -28,6 +28,13 @@ def test_a_ratio_of_nothing_is_refused_with_status_2_and_the_key() -> None:
     assert done.returncode == 2 and "sft.draw" in done.stderr
 
 
+def test_a_bad_label_row_is_refused_with_status_2_and_its_line(tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "flux_0.7.jsonl").write_text('{"promptid": 1, "prompt": "a photo of a circle"}\n')
+    done = sft(f"sft.data={tmp_path}", "--dry-run", limit_s=60)
+    assert done.returncode == 2 and "flux_0.7.jsonl:1: data is None" in done.stderr
+
+
 @pytest.mark.ray
 def test_fine_tuning_of_the_shipped_policy_resumes_and_leaves_a_policy(tmp_path: Path) -> None:
     common = [f"run.dir={tmp_path / 'run'}", "sft.batch_size=8", "sft.num_samples=200", "train.checkpoint_every=2"]
