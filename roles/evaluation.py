@@ -15,10 +15,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rlpipe.config import Config
 from rlpipe.data.prompts import load_prompts
+from rlpipe.evaluate.editing import EditOutcome, print_edit_table, summarise_edits
 from rlpipe.evaluate.table import Measured, NearMiss, Outcome, summarise
 from rlpipe.evaluate.terminal import print_table
 from rlpipe.observe.report import write_report
 from rlpipe.types import Prompt
+from rlpipe.world.edits import edit_from_metadata
 from rlpipe.world.prompts import spec_from_metadata
 from rlpipe.world.scenes import IMAGE_SIZE
 from roles.group import ActorPool, RoleError
@@ -30,14 +32,17 @@ JUDGE_LOSSES = 3
 """Times that the judge may be lost while one slice of the prompts is measured."""
 
 
-def uncheckable(prompts: Sequence[Prompt], policy_path: str) -> str | None:
+def uncheckable(prompts: Sequence[Prompt], policy_path: str, program: str = "introspect") -> str | None:
     """Why the exact checker cannot measure this policy on these prompts; None if it can."""
     size = json.loads((Path(policy_path) / "config.json").read_text())["vision_config"]["image_size"]
     if size != IMAGE_SIZE:
         return f"policy.path draws {size} x {size} pixels, the tiny world has {IMAGE_SIZE} x {IMAGE_SIZE}"
     for prompt in prompts:
         try:
-            spec_from_metadata({**prompt.metadata, "prompt": prompt.text})
+            if program == "edit":
+                edit_from_metadata(prompt.metadata)
+            else:
+                spec_from_metadata({**prompt.metadata, "prompt": prompt.text})
         except ValueError as error:
             return f"prompt {prompt.id!r} is none of the tiny world ({error})"
     return None
@@ -60,30 +65,50 @@ class Evaluation:
 
     async def measure(self, name: str, manifest: Manifest, guidance: float, full: bool = True) -> Measured:
         """Outcomes of all prompts; `full` adds the near-miss test and the learned judge's scores."""
-        path = Path(self.config.run.dir) / "evaluation" / f"{self._key(manifest, guidance, full)}.json"
+        path = self._path(manifest, guidance, full)
         if path.is_file():
             return _read(path)
-        if self.sync.manifest is None or self.sync.manifest.checksum != manifest.checksum:
-            await self.sync.send(manifest)
-        size = self.config.evaluate.batch_size
-        slices = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
-        stage, done = f"measuring {name} at guidance {guidance:g}", 0
-        results: list[tuple[list[Outcome], list[NearMiss]]] = [([], [])] * len(slices)
-
-        async def one(number: int) -> None:
-            nonlocal done
-            results[number] = await self._slice(slices[number], guidance, full)
-            done += len(slices[number])
-            self.trainer.view.progress(stage, done, len(self.prompts))
-
-        await self.trainer.unless_halted(asyncio.gather(*(one(number) for number in range(len(slices)))))
+        results = await self._by_slice("evaluate", name, manifest, guidance, full)
         outcomes = [outcome for part, _ in results for outcome in part]
         near_misses = [near_miss for _, part in results for near_miss in part]
         measured = Measured(outcomes, near_misses, guidance)
         _write(path, measured)
         return measured
 
-    async def _slice(self, prompts: list[Prompt], guidance: float, full: bool) -> tuple:
+    async def measure_edits(self, name: str, manifest: Manifest) -> list[EditOutcome]:
+        """Outcomes of all prompts, which are instructions, with the learned judge's scores."""
+        guidance = self.config.rollout.guidance
+        path = self._path(manifest, guidance, True)
+        if path.is_file():
+            return [EditOutcome(**row) for row in json.loads(path.read_text())]
+        results = await self._by_slice("evaluate_edits", name, manifest, guidance, True)
+        outcomes = [outcome for part in results for outcome in part]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps([asdict(outcome) for outcome in outcomes]))
+        return outcomes
+
+    def _path(self, manifest: Manifest, guidance: float, full: bool) -> Path:
+        return Path(self.config.run.dir) / "evaluation" / f"{self._key(manifest, guidance, full)}.json"
+
+    async def _by_slice(self, method: str, name: str, manifest: Manifest, guidance: float, full: bool) -> list:
+        """What a method of the workers says of each slice of the prompts, in order."""
+        if self.sync.manifest is None or self.sync.manifest.checksum != manifest.checksum:
+            await self.sync.send(manifest)
+        size = self.config.evaluate.batch_size
+        slices = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
+        stage, done = f"measuring {name} at guidance {guidance:g}", 0
+        results: list = [None] * len(slices)
+
+        async def one(number: int) -> None:
+            nonlocal done
+            results[number] = await self._slice(method, slices[number], guidance, full)
+            done += len(slices[number])
+            self.trainer.view.progress(stage, done, len(self.prompts))
+
+        await self.trainer.unless_halted(asyncio.gather(*(one(number) for number in range(len(slices)))))
+        return results
+
+    async def _slice(self, method: str, prompts: list[Prompt], guidance: float, full: bool) -> object:
         """Measure some prompts on a free worker, which asks the judge itself."""
         judge = self.scorer.replicas[0]
         timeout = self.config.rollout.timeout_s
@@ -91,7 +116,7 @@ class Evaluation:
             handle = judge.handle if full else None
             try:
                 return await self.rollout.call(
-                    "evaluate",
+                    method,
                     prompts,
                     guidance,
                     full,
@@ -118,27 +143,31 @@ class Evaluation:
 
 
 async def measure_run(evaluation: Evaluation, started: float) -> dict | None:
-    """Policy before and after reinforcement, and the SFT policy over guidance scales; prints and saves the summary.
+    """Policy before and after reinforcement, and unless it edits, before it over guidance scales; saves the summary.
 
     `started` is when the job began, on the monotonic clock. None, with one line that says why, if the held-out
     prompts or the policy are not the tiny world's.
     """
     config, trainer = evaluation.config, evaluation.trainer
-    reason = uncheckable(evaluation.prompts, config.policy.path)
+    reason = uncheckable(evaluation.prompts, config.policy.path, config.rollout.program)
     if reason is not None:
         trainer.say(f"no table, because the exact checker knows the tiny world alone: {reason}")
         return None
     guidance = config.rollout.guidance
-    rl = await evaluation.measure("RL", await trainer.publish(), guidance)
-    initial = await trainer.publish_initial()
-    sft = await evaluation.measure("SFT", initial, guidance)
-    sweep = {}
-    for scale in config.evaluate.guidance_sweep:
-        if scale != guidance:
-            sweep[scale] = (await evaluation.measure("SFT", initial, scale, full=False)).outcomes
-    summary = summarise(sft, rl, sweep, time.monotonic() - started, config.seed)
-    path = Path(config.run.dir) / "summary.json"
-    _replace(path, json.dumps(summary, indent=2))
+    if config.rollout.program == "edit":
+        rl = await evaluation.measure_edits("RL", await trainer.publish())
+        sft = await evaluation.measure_edits("SFT", await trainer.publish_initial())
+        summary = summarise_edits({"sft": sft, "rl": rl}, guidance, time.monotonic() - started, config.seed)
+    else:
+        rl = await evaluation.measure("RL", await trainer.publish(), guidance)
+        initial = await trainer.publish_initial()
+        sft = await evaluation.measure("SFT", initial, guidance)
+        sweep = {}
+        for scale in config.evaluate.guidance_sweep:
+            if scale != guidance:
+                sweep[scale] = (await evaluation.measure("SFT", initial, scale, full=False)).outcomes
+        summary = summarise(sft, rl, sweep, time.monotonic() - started, config.seed)
+    _replace(Path(config.run.dir) / "summary.json", json.dumps(summary, indent=2))
     return summary
 
 
@@ -146,7 +175,7 @@ def show(config: Config, summary: dict | None) -> None:
     """Write the report, print the table and where everything is."""
     report = write_report(config.run.dir)
     if summary is not None:
-        print_table(summary)
+        (print_edit_table if "edits" in summary else print_table)(summary)
     print(f"policy: {Path(config.run.dir) / 'policy'}\nreport: {report}", flush=True)
 
 

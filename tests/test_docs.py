@@ -37,6 +37,8 @@ def test_every_link_of_the_readme_and_the_docs_leads_somewhere():
 
 
 def test_every_metric_prefix_of_the_docs_is_known_to_the_report():
-    names = re.findall(r"`((?:train|reward|rollout|loss|kl|mismatch|time|idle|failures)/[\w/*<>]*)`", METRICS_PAGE)
+    names = re.findall(
+        r"`((?:train|reward|rollout|loss|kl|mismatch|time|idle|failures|decline)/[\w/*<>]*)`", METRICS_PAGE
+    )
     assert len(names) > 15
     assert [name for name in names if not describe(name)] == []

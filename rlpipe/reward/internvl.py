@@ -1,4 +1,4 @@
-"""InternVL as a judge: P(yes) of a question about an image, one forward pass (R_QA of the paper)."""
+"""InternVL as a judge: P(yes) of a question about one or several images, one forward pass (R_QA of the paper)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ from rlpipe.types import Score, ScoreRequest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+Question = str | tuple[str, ...]
+"""What is asked: a text about one image, which stands before it; or the texts around several images, an image between
+each two of them (`question.around_images`)."""
+
 
 class JudgeFormat:
-    """How a question and an image enter an InternVL, and how its answer is read; holds no weights.
+    """How a question and its images enter an InternVL, and how its answer is read; holds no weights.
 
         judge = JudgeFormat(tokenizer, model.config)
         ids, mask = judge.encode(questions)                                # [B, T]
@@ -59,7 +63,8 @@ class JudgeFormat:
                 f"{self.image_size} pixels makes {tokens} tokens"
             )
         head = [start, *self._text(f"system\n{system}"), end, *self._text("\n")] if system else []
-        self._before = [*head, start, *self._text("user\n"), open_, *[image] * tokens, close]
+        self._before = [*head, start, *self._text("user\n")]
+        self._image = [open_, *[image] * tokens, close]
         self._after = [end, *self._text("\n"), start, *self._text("assistant\n")]
         self._pad: int = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -73,14 +78,14 @@ class JudgeFormat:
         # Special tokens inside a user's text are spelt out: a prompt cannot close the turn or add an image.
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def encode(self, questions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, both int64 [B, T], of the chat up to the first answer token.
 
         <|im_start|>user\\n<img><IMG_CONTEXT>...</img>\\n{question}<|im_end|>\\n<|im_start|>assistant\\n
-        with image_seq_length times <IMG_CONTEXT>. Padded on the right: a causal model never looks at the
-        padding, so batch mates cannot change a result.
+        with image_seq_length times <IMG_CONTEXT> for every image. Padded on the right: a causal model never looks
+        at the padding, so batch mates cannot change a result.
         """
-        cache = {q: [*self._before, *self._text(f"\n{q}"), *self._after] for q in dict.fromkeys(questions)}
+        cache = {q: [*self._before, *self._user(q), *self._after] for q in dict.fromkeys(questions)}
         length = max(map(len, cache.values()))
         ids = torch.full((len(questions), length), self._pad)
         mask = torch.zeros_like(ids)
@@ -89,6 +94,13 @@ class JudgeFormat:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+    def _user(self, question: Question) -> list[int]:
+        first, *others = ("", f"\n{question}") if isinstance(question, str) else question
+        ids = self._text(first)
+        for text in others:
+            ids += [*self._image, *self._text(text)]
+        return ids
 
     def fit(self, image: np.ndarray) -> np.ndarray:
         """A uint8 [H, W, 3] image at the model's size: one tile, bicubic with antialiasing."""
@@ -118,7 +130,8 @@ def answer_logits(
 ) -> torch.Tensor:
     """float32 logits [B, V] of the first answer token, with gradients; no other position meets lm_head.
 
-    input_ids, attention_mask: int64 [B, T], padded on the right. pixel_values: float [B, 3, H, W], one a row.
+    input_ids, attention_mask: int64 [B, T], padded on the right. pixel_values: float [N, 3, H, W], the images of
+    row 0 in order, those of row 1, and so on.
     """
     # The mask only says where rows end: a causal model cannot see the padding on the right, and without an
     # explicit mask attention takes its fast path.
@@ -146,16 +159,63 @@ def load(
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-class InternVLJudge:
-    """Scorer: the probability that the judge answers `question` with yes.
+class InternVLScorer:
+    """A loaded InternVL that answers questions about images; scorers are made of it.
 
     path:       checkpoint folder of transformers' InternVLForConditionalGeneration.
-    question:   template with `{prompt}`.
     batch_size: rows of one forward pass.
     dtype:      "float32" or "bfloat16". device: "auto" is a GPU if there is one.
+    """
 
-        judge = InternVLJudge("rlpipe/world/assets/judge", 'Does this image match "{prompt}"?')
-        scores = judge.score([ScoreRequest(id="0", prompt=prompt, image=image)])
+    def __init__(
+        self,
+        path: str | Path,
+        batch_size: int = 128,
+        dtype: str = "float32",
+        device: str = "auto",
+        system: str = "",
+    ) -> None:
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if dtype not in dtypes:
+            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(dtypes)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is below 1")
+        self.batch_size = batch_size
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.model, tokenizer = load(path, dtypes[dtype], self.device)
+        self.format = JudgeFormat(tokenizer, self.model.config, system)
+
+    def answers(self, rows: Sequence[tuple[Question, tuple[np.ndarray, ...]]]) -> list[float]:
+        """P(yes) of each (question, its images uint8 [H, W, 3]), in order; equal rows are computed once."""
+        distinct, keys = {}, []
+        for question, images in rows:
+            images = tuple(map(np.ascontiguousarray, images))
+            key = (question, *(hashlib.sha256(image).digest() + repr(image.shape).encode() for image in images))
+            distinct.setdefault(key, (question, images))
+            keys.append(key)
+        values = dict(zip(distinct, self._probabilities(list(distinct.values())), strict=True))
+        return [values[key] for key in keys]
+
+    @torch.inference_mode()
+    def _probabilities(self, rows: list[tuple[Question, tuple[np.ndarray, ...]]]) -> list[float]:
+        """P(yes) of each row; rows of like length share a batch."""
+        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i][0])))
+        values = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            ids, mask = self.format.encode([rows[i][0] for i in batch])
+            pixels = self.format.pixels(np.stack([self.format.fit(image) for i in batch for image in rows[i][1]]))
+            logits = answer_logits(self.model, *(t.to(self.device) for t in (ids, mask, pixels)))
+            for i, value in zip(batch, self.format.p_yes(logits).tolist(), strict=True):
+                values[i] = value
+        return values
+
+
+class InternVLJudge(InternVLScorer):
+    """Scorer: the probability that the judge answers `question`, a template with `{prompt}`, with yes.
+
+    judge = InternVLJudge("rlpipe/world/assets/judge", 'Does this image match "{prompt}"?')
+    scores = judge.score([ScoreRequest(id="0", prompt=prompt, image=image)])
     """
 
     def __init__(
@@ -167,40 +227,10 @@ class InternVLJudge:
         device: str = "auto",
         system: str = "",
     ) -> None:
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        if dtype not in dtypes:
-            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(dtypes)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} is below 1")
         self.question = check_question(question)
-        self.batch_size = batch_size
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.model, tokenizer = load(path, dtypes[dtype], self.device)
-        self.format = JudgeFormat(tokenizer, self.model.config, system)
+        super().__init__(path, batch_size, dtype, device, system)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """One score in [0, 1] per request, in order; equal (image, question) pairs are computed once."""
-        rows: dict[tuple[str, bytes], tuple[str, np.ndarray]] = {}
-        keys = []
-        for request in requests:
-            question = fill(self.question, request.prompt.text)
-            image = np.ascontiguousarray(request.image)
-            key = (question, hashlib.sha256(image).digest() + repr(image.shape).encode())
-            rows.setdefault(key, (question, image))
-            keys.append(key)
-        values = dict(zip(rows, self._probabilities(list(rows.values())), strict=True))
-        return [Score(id=r.id, value=values[k]) for r, k in zip(requests, keys, strict=True)]
-
-    @torch.inference_mode()
-    def _probabilities(self, rows: list[tuple[str, np.ndarray]]) -> list[float]:
-        """P(yes) of each (question, image); rows of like length share a batch."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        values = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            ids, mask = self.format.encode([rows[i][0] for i in batch])
-            pixels = self.format.pixels(np.stack([self.format.fit(rows[i][1]) for i in batch]))
-            logits = answer_logits(self.model, *(t.to(self.device) for t in (ids, mask, pixels)))
-            for i, value in zip(batch, self.format.p_yes(logits).tolist(), strict=True):
-                values[i] = value
-        return values
+        """One score in [0, 1] per request, in order."""
+        values = self.answers([(fill(self.question, r.prompt.text), (r.image,)) for r in requests])
+        return [Score(id=r.id, value=value) for r, value in zip(requests, values, strict=True)]

@@ -32,6 +32,7 @@ NO_REQUEST = ""
 """Id of a missing score that stands for requests that never reached a scorer."""
 SCORERS: dict[str, str] = {
     "internvl": "rlpipe.reward.internvl:InternVLJudge",
+    "editing": "rlpipe.reward.editing:EditingJudge",
     "brightness": "rlpipe.reward.simple:Brightness",
     "redness": "rlpipe.reward.simple:Redness",
 }

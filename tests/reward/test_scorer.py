@@ -64,7 +64,7 @@ def test_a_scorer_of_a_third_party_is_named_by_its_import_path():
     [
         (
             {"scorer": "interval"},
-            r"reward\[mine\].scorer: 'interval' is unknown; take one of brightness, internvl",
+            r"reward\[mine\].scorer: 'interval' is unknown; take one of brightness, editing, internvl",
         ),
         ({"scorer": "no.such.package:Scorer"}, r"reward\[mine\].scorer: cannot import no.such.package"),
         ({"scorer": f"{__name__}:Missing"}, "has no Missing"),

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
@@ -22,9 +23,14 @@ from rlpipe.world.build.judge import JudgeTrainer, balanced_accuracy
 from rlpipe.world.build.progress import require
 from rlpipe.world.edit_examples import EditCase, EditPool, pool_of_edits
 from rlpipe.world.edits import KINDS, all_edits, sample_task
+from rlpipe.world.models import VQ_BLOCK
 from rlpipe.world.render import render
 
 QUESTIONS = {"following": FOLLOWING, "preserving": PRESERVING}
+NUM_COLORS = 12
+"""Numbers that tell a block's colours: red, green and blue of its four quarters."""
+DIFFERENT = 0.5
+"""Difference of a quarter's colour, of the range -1 to 1, from which on a block has changed."""
 BATCH = 256
 """Edits drawn at once."""
 
@@ -54,14 +60,30 @@ def question_texts() -> list[str]:
     return [*asked, *(e.text for kind in KINDS for e in all_edits(kind))]
 
 
+def block_colors(images: np.ndarray) -> torch.Tensor:
+    """float32 [N, 36, 12] in [-1, 1]: the mean colours of the quarters of every 8 x 8 block of uint8 [N, 48, 48, 3]."""
+    side, half = images.shape[1] // VQ_BLOCK, VQ_BLOCK // 2
+    parts = torch.from_numpy(images).float().reshape(-1, side, 2, half, side, 2, half, 3).mean((3, 6))
+    return parts.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2) / 127.5 - 1
+
+
 class EditJudgeTrainer(JudgeTrainer):
     """Trains an InternVL on both questions about source and edited image, classes balanced; the tower stays as it is.
+
+    Both questions ask for a comparison, and answers with reasons are few bits to find one by. So every block of the
+    edited image, half-way up the language model, also has to tell the colours of the same block of the source and
+    whether it differs; the head that says so is dropped afterwards.
 
     pools: (pool, share of a batch).
     """
 
     def __init__(self, judge, tokenizer, pools: list[tuple[EditPool, float]], seed: int = 7) -> None:
         super().__init__(judge, tokenizer, [], seed)
+        layers = judge.model.language_model.layers
+        torch.manual_seed(seed)
+        self.head = nn.Linear(judge.config.text_config.hidden_size, NUM_COLORS + 1)
+        self.middle: torch.Tensor | None = None
+        layers[len(layers) // 2 - 1].register_forward_hook(self._keep)
         self.asked = []
         for pool, share in pools:
             for name in QUESTIONS:
@@ -81,6 +103,25 @@ class EditJudgeTrainer(JudgeTrainer):
                     images += [pool.sources[case.index], pool.images[case.index]]
                     truth.append(correct)
         return questions, answers, np.stack(images), torch.tensor(truth)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.middle = output if torch.is_tensor(output) else output[0]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*super()._parameters(), *self.head.parameters()]
+
+    def _loss(self, questions: list[tuple[str, ...]], answers: list[list[int]], images: np.ndarray) -> tuple:
+        """The loss of the answers and that of the comparison, and the verdict's logits [B, V]."""
+        loss, logits = super()._loss(questions, answers, images)
+        ids, _ = self.format.encode(questions)
+        rows, places = (ids == self.judge.config.image_token_id).nonzero(as_tuple=True)
+        blocks = len(places) // len(images)
+        edited = places.view(-1, 2, blocks)[:, 1], rows.view(-1, 2, blocks)[:, 1]
+        told = self.head(self.middle[edited[1], edited[0]]).float()  # [B, 36, 13]
+        colors = block_colors(images).view(-1, 2, blocks, NUM_COLORS)
+        source, differs = colors[:, 0], ((colors[:, 0] - colors[:, 1]).abs().amax(-1) > DIFFERENT).float()
+        comparison = F.binary_cross_entropy_with_logits(told[..., -1], differs)
+        return loss + F.mse_loss(told[..., :-1], source) + comparison, logits
 
     def _said(self, reason: str) -> list[int]:
         verdict, _, words = reason.partition(",")

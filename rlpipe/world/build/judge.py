@@ -88,11 +88,13 @@ class JudgeTrainer:
         reason = (offsets > 0) & (offsets < counts[:, None])
         return loss[:, 0].mean() + REASON_WEIGHT * loss[reason].mean(), logits[:, 0]
 
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.judge.parameters() if p.requires_grad]
+
     def train(self, name: str, steps: int, lr: float = 1e-3, batch: int = 64) -> None:
         self.judge.requires_grad_(True).train()
         self.judge.model.vision_tower.requires_grad_(False).eval()
-        parameters = [p for p in self.judge.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        optimizer = torch.optim.AdamW(self._parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
         meter = Meter(name, steps, every=100)
         for step, rate in enumerate(learning_rates(steps, lr), start=1):
             questions, answers, images, truth = self._batch(batch)
