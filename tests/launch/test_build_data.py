@@ -31,6 +31,7 @@ def test_nothing_to_label_is_refused_with_status_2_and_the_key() -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_set_is_built_gone_on_with_and_learned_from(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

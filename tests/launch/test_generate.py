@@ -57,6 +57,7 @@ def test_every_wrong_input_is_one_line_before_torch_or_ray_are_loaded(tmp_path: 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_the_same_command_and_draws_nothing_twice(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a photo of two red circles\na photo of a blue square\n")
     arguments = ["data.prompts=prompts.txt", "generate.samples=20", "generate.batch_size=1", "rollout.threads=1"]

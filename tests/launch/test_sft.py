@@ -36,6 +36,7 @@ def test_a_bad_label_row_is_refused_with_status_2_and_its_line(tmp_path: Path) -
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_fine_tuning_of_the_shipped_policy_resumes_and_leaves_a_policy(tmp_path: Path) -> None:
     common = [f"run.dir={tmp_path / 'run'}", "sft.batch_size=8", "sft.num_samples=200", "train.checkpoint_every=2"]
     first = sft(*common, "train.steps=3")

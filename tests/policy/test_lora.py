@@ -99,6 +99,7 @@ def two_ranks(tiny_policy_path, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_two_ranks_train_the_adapters_that_one_does(two_ranks, tiny_policy, tiny_policy_path, dtype):
     learner = FsdpLearner(lora_config(tiny_policy_path, dtype))
     metrics = train(learner, tiny_policy)

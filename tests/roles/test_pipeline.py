@@ -297,6 +297,7 @@ def reacting(config: Config) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_a_renewed_reference_is_the_policy_of_its_step_and_outlives_its_actor_and_the_run(office, tmp_path) -> None:
     whole = office.train(reacting(office.config(tmp_path / "whole")))
     assert [row["decline/renew_reference"] for row in whole] == [0, 1, 0, 1]
