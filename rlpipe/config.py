@@ -219,6 +219,8 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
         if name[1] == len(entries):
             entries.append(asdict(ScorerSection()))
         base, where, rest = entries[name[1]], name[:2], name[2:]
+        if rest == ("options",) and isinstance(value, Mapping):
+            base["options"] = {}  # Given as a whole they replace, for another scorer takes other ones.
     for part in reversed(rest):
         value = {part: value}
     if isinstance(value, Mapping):

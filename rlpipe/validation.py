@@ -127,6 +127,8 @@ def _credit_problems(config: Config) -> Iterator[str]:
     for name in ("first_weight", "reflection_weight", "final_weight"):
         if rule in ("summed", "single") and getattr(config.credit, name) != 1:
             yield f"credit.{name}: {getattr(config.credit, name):g} has no term under credit.rule {rule}; set it to 1"
+    if config.credit.balance_verdicts and rule in ("summed", "single"):
+        yield f"credit.balance_verdicts: true has no reflections of their own under credit.rule {rule}; set it to false"
     if decline.action != "none" and config.loss.kl_beta == 0:
         yield (
             f"decline.action: {decline.action!r} works on the KL weight and the reference, and loss.kl_beta is 0; "
@@ -266,14 +268,14 @@ def _file_problems(config: Config, job: str) -> Iterator[str]:
     if config.resume not in ("auto", "never") and not resolve_path(config.resume).is_dir():
         yield f"resume: {config.resume!r} is no checkpoint folder; give auto, never or an existing one"
     yield from _checkpoint_problems(config, job)
-    for i, scorer in enumerate(config.reward if job == "grpo" else ()):
+    for i, scorer in enumerate(config.reward if job in ("grpo", "factory") else ()):
         if scorer.path is not None and not resolve_path(scorer.path).exists():
             yield f"reward.{i}.path: {resolve_path(scorer.path)} does not exist; give a checkpoint or null"
     if job == "sft":
         yield from sft_problems(config)
     if job == "factory":
         yield from factory_problems(config)
-    prompts = [("data.prompts", config.data.prompts)] if job == "grpo" else []
+    prompts = [("data.prompts", config.data.prompts)] if job in ("grpo", "factory") else []
     for key, path in [*prompts, ("evaluate.prompts", config.evaluate.prompts)]:
         try:
             rows = load_prompts(path)

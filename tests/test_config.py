@@ -68,6 +68,7 @@ def test_scorers_of_a_file_have_the_schema_defaults_and_may_be_added_to(tmp_path
     assert [s.name for s in config.reward] == ["a", "b", "c"]
     assert [s.scorer for s in config.reward] == ["internvl"] * 3
     assert config.reward[0].options == {"deep": {"x": 1, "y": 2}}
+    assert load_config(path, ["reward.0.options={z: 3}"]).reward[0].options == {"z": 3}
     assert config.reward[1].path is None
 
 

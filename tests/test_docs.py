@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from rlpipe.config import ScorerSection
 from rlpipe.observe.metrics import describe
@@ -25,9 +26,9 @@ def test_the_reward_class_of_the_docs_is_built_by_its_import_path_and_scores(tmp
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     section = ScorerSection(scorer="my_rewards:LikesBlue", path=None, options={"strength": 2.0})
     blue = np.zeros((48, 48, 3), np.uint8)
-    blue[..., 2] = 255
+    blue[..., 2] = 51
     scores = build_scorer(section).score([ScoreRequest("0", Prompt("0", "a sky"), blue)])
-    assert scores[0].value == 2.0
+    assert scores[0].value == pytest.approx(0.4)
 
 
 def test_every_link_of_the_readme_and_the_docs_leads_somewhere():

@@ -252,7 +252,7 @@ def _label_set(prompts: Mapping[str, str], labels: Sequence[Label], section: Sft
         unknown = sorted(set(getattr(section, key)) - {label.source for label in labels})
         if unknown:
             known = ", ".join(sorted({label.source for label in labels})) or "none"
-            raise LabelError([f"sft.{key}: {unknown[0]!r} has no labels; the sources are {known}"])
+            raise LabelError([f"sft.{key}: {unknown[0]!r} has no labels; the sources are {known}; [] takes all"])
     targets = [label for label in of(section.target_sources) if label.target]
     judged = of(section.judge_sources)
     redraws: dict[str, Judgements] = {}

@@ -295,11 +295,12 @@ RULES: dict[str, Callable[..., Plan]] = {
 
 
 def verdict_weights(probabilities: np.ndarray) -> np.ndarray:
-    """Weights [N], of mean 1, under which images that match and images that do not count alike; NaN stays NaN.
+    """Weights [N] under which images that match and images that do not count alike; NaN stays NaN.
 
-    probabilities: float64 [N], P(yes) of the images that were looked at. A class that is rarer than one in ten counts
-                   as one in ten.
+    probabilities: float64 [N], P(yes) of the images that were looked at; what is beyond 0 or 1 counts as that. A class
+                   that is rarer than one in ten counts as one in ten; otherwise the weights have mean 1.
     """
+    probabilities = np.clip(probabilities, 0.0, 1.0)
     share = float(np.clip(np.nanmean(probabilities), 0.1, 0.9)) if not np.isnan(probabilities).all() else 0.5
     return 0.5 * (probabilities / share + (1.0 - probabilities) / (1.0 - share))
 

@@ -274,7 +274,8 @@ def save(
 ) -> None:
     """Write the transformers layout; floating-point tensors as `dtype` (None: as they are)."""
     path = Path(path)
-    state = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in janus.state_dict().items()}
+    types = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in janus.state_dict().items()}
+    state = {name: t.detach().to(types[name]).cpu().contiguous() for name, t in janus.state_dict().items()}
     janus.save_pretrained(path, state_dict=state)
     templates.tokenizer.save_pretrained(path)
     if kept is not None:
