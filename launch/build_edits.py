@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ import torch
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.reward.internvl import load as load_judge
 from rlpipe.world.build.edit import EditJudgeTrainer, drawn_edits, extend_vocabulary, question_texts
+from rlpipe.world.build.progress import run_stages
 from rlpipe.world.edit_examples import EditPool, edited_pool
 from rlpipe.world.edits import write_edits
 
@@ -83,17 +82,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     build = Build(arguments.work.resolve())
     build.work.mkdir(parents=True, exist_ok=True)
-    for stage in arguments.stages:
-        done = build.work / f"{stage}.done"
-        if done.exists():
-            print(f"[{stage}] done before ({done.read_text().strip()}); remove {done} to run it again", flush=True)
-            continue
-        start = time.perf_counter()
-        run: Callable[[], None] = getattr(build, stage)
-        run()
-        minutes = f"{(time.perf_counter() - start) / 60:.1f} minutes"
-        done.write_text(minutes + "\n")
-        print(f"[{stage}] {minutes}", flush=True)
+    run_stages(build, build.work, arguments.stages)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ lands in rlpipe/world/assets.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from rlpipe.rollout.decoder import Decoder
 from rlpipe.types import Sampling
 from rlpipe.world.build.judge import JudgeTrainer
 from rlpipe.world.build.policy import drawn_pool, measure, train
-from rlpipe.world.build.progress import require
+from rlpipe.world.build.progress import require, run_stages
 from rlpipe.world.build.tower import train_tower
 from rlpipe.world.build.vq import train_vq
 from rlpipe.world.examples import WorldExamples
@@ -220,17 +218,7 @@ def main() -> None:
     write_prompts(arguments.assets / "prompts_train.jsonl", "train", TRAINING_PROMPTS, seed=1)
     write_prompts(arguments.assets / "prompts_test.jsonl", "test", 100, seed=2)
     build = Build(arguments.work.resolve(), arguments.assets.resolve())
-    for stage in arguments.stages:
-        done = arguments.work / f"{stage}.done"
-        if done.exists():
-            print(f"[{stage}] done before ({done.read_text().strip()}); remove {done} to run it again", flush=True)
-            continue
-        start = time.perf_counter()
-        run: Callable[[], None] = getattr(build, stage)
-        run()
-        minutes = f"{(time.perf_counter() - start) / 60:.1f} minutes"
-        done.write_text(minutes + "\n")
-        print(f"[{stage}] {minutes}", flush=True)
+    run_stages(build, arguments.work, arguments.stages)
 
 
 if __name__ == "__main__":

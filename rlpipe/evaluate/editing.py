@@ -12,19 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from rlpipe.evaluate.agreement import accuracy, balanced_accuracy
 from rlpipe.evaluate.outcomes import Judge, Progress, row_seed
+from rlpipe.evaluate.terminal import NAMES, results_table
 from rlpipe.rollout.decoder import Decoder
 from rlpipe.rollout.programs import edit
 from rlpipe.types import Prompt, Sampling, ScoreRequest
 
 PARTS = ("following", "preserving", "both")
 RESAMPLES = 4000
-NAMES = {"sft": "SFT", "rl": "RL"}
 _PLAIN_WIDTH = 120
 
 
@@ -162,13 +160,13 @@ def print_edit_table(summary: dict, console: Console | None = None) -> None:
         f"guidance {summary['guidance']:g}"
     )
     rows = summary["edits"]
-    table = _table("Edits", *PARTS)
+    table = results_table("Edits", *PARTS)
     for name, row in rows.items():
         table.add_row(NAMES[name], *(_share(row[part]) for part in PARTS))
     if "rl_gain" in summary:
         table.add_row("RL - SFT", *(_share(summary["rl_gain"][part], "+") for part in PARTS))
     console.print(table)
-    table = _table("By kind of edit", *summary["prompts_by_tag"])
+    table = results_table("By kind of edit", *summary["prompts_by_tag"])
     for name, row in rows.items():
         for part in PARTS:
             kinds = (f"{100 * row[part]['by_tag'][tag]:.1f}" for tag in summary["prompts_by_tag"])
@@ -181,14 +179,6 @@ def print_edit_table(summary: dict, console: Console | None = None) -> None:
                 console.print(f"the judge agrees on {part} after {NAMES[name]}: {shares} of {judge['images']} images")
     if summary["seconds"]:
         console.print(f"{summary['seconds'] / 60:.1f} minutes in all")
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _share(cell: dict, sign: str = "") -> str:

@@ -28,7 +28,8 @@ def print_table(summary: dict, console: Console | None = None) -> None:
         console.print(line)
 
 
-def _table(title: str, *columns: str) -> Table:
+def results_table(title: str, *columns: str) -> Table:
+    """An empty table: a first column of row names, then columns of numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     for column in columns:
@@ -37,7 +38,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _main_table(summary: dict, rows: dict) -> Table:
-    table = _table("Accuracy", *COLUMNS.values(), "gain", "gain over fresh draw")
+    table = results_table("Accuracy", *COLUMNS.values(), "gain", "gain over fresh draw")
     for name, row in rows.items():
         cells = [_with_interval(row[column]["accuracy"], row[column]["ci95"]) for column in COLUMNS]
         gains = [_gain(row[key]) for key in ("gain", "gain_over_fresh")]
@@ -58,7 +59,7 @@ def _rates_table(rows: dict) -> Table:
         "by fresh draw",
         "damaged",
     )
-    table = _table("Verdict, repair and damage", *columns, "judge agrees", "balanced")
+    table = results_table("Verdict, repair and damage", *columns, "judge agrees", "balanced")
     for name, row in rows.items():
         verdict, judge = row["verdict"], row["judge"]
         values = (
@@ -78,7 +79,7 @@ def _rates_table(rows: dict) -> Table:
 
 def _kinds_table(rows: dict) -> Table:
     tags = list(next(iter(rows.values()))["without"]["by_tag"])
-    table = _table("By kind of prompt", *(tag.replace("_", " ") for tag in tags))
+    table = results_table("By kind of prompt", *(tag.replace("_", " ") for tag in tags))
     for name, row in rows.items():
         for column in ("without", "with"):
             values = (_percent(row[column]["by_tag"].get(tag)) for tag in tags)

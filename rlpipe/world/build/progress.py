@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -54,3 +55,18 @@ def require(stage: str, name: str, value: float, bar: float) -> None:
     print(f"[{stage}] {name} {value:.4f} (must reach {bar})", flush=True)
     if value < bar:
         raise BuildError(f"{stage}: {name} is {value:.4f}, below {bar}; look at its progress lines, train longer")
+
+
+def run_stages(build: object, work: Path, stages: Iterable[str]) -> None:
+    """Run the methods of `build` named by `stages`; one whose `work`/STAGE.done is there is not run again."""
+    for stage in stages:
+        done = work / f"{stage}.done"
+        if done.exists():
+            print(f"[{stage}] done before ({done.read_text().strip()}); remove {done} to run it again", flush=True)
+            continue
+        start = time.perf_counter()
+        run: Callable[[], None] = getattr(build, stage)
+        run()
+        minutes = f"{(time.perf_counter() - start) / 60:.1f} minutes"
+        done.write_text(minutes + "\n")
+        print(f"[{stage}] {minutes}", flush=True)
