@@ -17,6 +17,8 @@ CHOICES = {
     "sft.label_by": ("state", "prob"),
     "sft.redraw_roles": ("chat", "plain"),
     "decline.action": ("none", "react"),
+    "score.which": ("every", "first", "final"),
+    "calibrate.labels": ("rows", "checker"),
     "learner.schedule": ("constant", "linear", "cosine", "linear_then_linear", "linear_then_cosine"),
     "observe.terminal": ("auto", "plain", "off"),
 }
@@ -40,7 +42,11 @@ AT_LEAST = {
     "reward.*.num_gpus": 0,
     "reward.*.threads": 1,
     "reward.*.batch_size": 1,
+    "reward.*.concurrency": 1,
     "reward.*.retries": 0,
+    "reward.*.backoff_s": 0,
+    "reward.*.cache": 0,
+    "credit.failed_window": 1,
     "credit.std_eps": 0,
     "credit.first_weight": 0,
     "credit.reflection_weight": 0,
@@ -87,6 +93,11 @@ AT_LEAST = {
     "factory.limit": 0,
     "factory.reason_tokens": 1,
     "factory.reason_sentences": 0,
+    "score.world": 0,
+    "score.shard_size": 1,
+    "score.limit": 0,
+    "calibrate.bins": 2,
+    "calibrate.resamples": 0,
     "generate.samples": 1,
     "generate.batch_size": 1,
     "evaluate.limit": 0,
@@ -128,5 +139,10 @@ SHARES = {
     "factory.positive_prob",
     "factory.negative_prob",
     "factory.max_failed_share",
+    "score.max_failed_share",
 }
 """Between 0 and 1, both included; a top-p of 0 is refused further down."""
+REWARDS = ("generation", "comprehension")
+IMAGES_SEEN = ("every_image", "first_image", "final_image")
+ALSO_SEEN = ("verdict", "source_image")
+"""What reward.*.rewards and reward.*.sees may name; of the images exactly one kind."""

@@ -123,14 +123,32 @@ class ScorerSection:
     path: str | None = "rlpipe/world/assets/judge"
     """Checkpoint folder handed to the scorer, where it needs one."""
     weight: float = 1.0
+    """In the sum that an image's reward is; 0 logs the score alone."""
+    rewards: list[str] = field(default_factory=lambda: ["generation", "comprehension"])
+    """What the score enters: generation (the reward of an image), comprehension (what verdicts are held against: the
+    weighted mean of these scorers, whose scores must be probabilities)."""
+    sees: list[str] = field(default_factory=lambda: ["every_image"])
+    """Images that it scores: every_image, first_image or final_image. Also shown to it: verdict (what the policy said
+    of the image), source_image (what an edit starts from)."""
+    canary: bool = False
+    """A judge that is never trained on (weight 0), logged beside the reward, so that reward hacking shows."""
     question: str = 'Does this image match the description "{prompt}"? Please directly respond with yes or no.'
     replicas: int = 1
     num_cpus: float = 0.5
     num_gpus: float = 0.0
     threads: int = 2
     batch_size: int = 128
+    """Most requests in one call of the scorer."""
+    concurrency: int = 1
+    """Calls that one replica's scorer answers at once; above 1 for scorers that wait for somebody else (HTTP)."""
     timeout_s: float = 120.0
+    """Of one call of the scorer."""
     retries: int = 2
+    """Times that what is missing is asked for again."""
+    backoff_s: float = 0.5
+    """Pause before the first retry; doubled before each further one."""
+    cache: int = 4096
+    """Scores that a replica remembers, so that an equal request is not computed again; 0: none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the scorer's constructor."""
 
@@ -153,7 +171,8 @@ class CreditSection:
     """Weigh reflections so that images that match and images that do not count alike in a step. As right images become
     the majority, calling everything right pays ever more; this keeps the verdict honest about the rest."""
     max_failed_share: float = 0.25
-    """Share of missing scores in one step above which the run stops with a checkpoint."""
+    """Share of missing scores, of one scorer's last `failed_window`, above which the run stops with a checkpoint."""
+    failed_window: int = 1000
 
 
 @dataclass
@@ -321,6 +340,55 @@ class FactorySection:
 
 
 @dataclass
+class ScoreSection:
+    """What `launch/score.py` has scored by every scorer of `reward`."""
+
+    images: str = ""
+    """A folder of images, a results folder of `launch/generate.py`, or a JSONL of {"image": path, "prompt": text}."""
+    caption: str = ""
+    """Prompt of the images that have none of their own."""
+    prompts: str = ""
+    """Prompt file in which rows without a prompt are looked up by their `id`, for text and metadata."""
+    which: str = "every"
+    """Images of a results folder: every, first, or final (those that samples end with)."""
+    world: int = 0
+    """Where score.images does not exist: so many prompts of evaluate.prompts are rendered there in the tiny world, and
+    shown under their own prompt and under one that they just miss."""
+    out: str = "runs/scores"
+    """Folder of scores.jsonl; what is finished there is not scored again."""
+    shard_size: int = 128
+    """Images of one shard: what is lost when the job is interrupted."""
+    limit: int = 0
+    """Use only the first so many images; 0: all."""
+    max_failed_share: float = 0.25
+    """Share of one scorer's scores that are missing so far above which the job stops."""
+    retry_missing: bool = False
+    """Score those finished shards again in which a score is missing."""
+
+
+@dataclass
+class CalibrateSection:
+    """How `launch/calibrate_judge.py` holds scores against labels."""
+
+    scores: str = ""
+    """A scores.jsonl of `launch/score.py`; empty: score.images are scored first, or found scored in score.out."""
+    scorer: str = ""
+    """Name of the scorer, or name/part for one of its parts; empty: the first one."""
+    labels: str = "rows"
+    """What is true: rows (their key `label`), or checker (the tiny world's, by the rows' metadata)."""
+    positive_label: float = 0.5
+    """Labels that are numbers count as right from here on."""
+    threshold: float = 0.5
+    """Scores above it say yes."""
+    bins: int = 10
+    """Of the calibration curve, equally wide."""
+    resamples: int = 1000
+    """Bootstrap samples of the 95 % intervals; prompts are drawn, with all their images."""
+    out: str = ""
+    """Folder of calibration.json and calibration.svg; empty: that of the scores."""
+
+
+@dataclass
 class EvaluateSection:
     prompts: str = "rlpipe/world/assets/prompts_test.jsonl"
     limit: int = 0
@@ -390,6 +458,8 @@ class Config:
     decline: DeclineSection = field(default_factory=DeclineSection)
     sft: SftSection = field(default_factory=SftSection)
     factory: FactorySection = field(default_factory=FactorySection)
+    score: ScoreSection = field(default_factory=ScoreSection)
+    calibrate: CalibrateSection = field(default_factory=CalibrateSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
     observe: ObserveSection = field(default_factory=ObserveSection)

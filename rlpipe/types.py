@@ -134,24 +134,29 @@ class Rollout:
     """A trajectory with its decoded pixels: one uint8 [H, W, 3] array per image segment, in order.
 
     source: uint8 [H, W, 3], the image that an edit starts from; None without one.
+    texts:  the words of its reflections, in order; empty where nobody wrote them out.
     """
 
     trajectory: Trajectory
     images: tuple[np.ndarray, ...]
     source: np.ndarray | None = None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """One question to a scorer: does `image` (uint8 [H, W, 3]) show `prompt`?
 
-    source: uint8 [H, W, 3] where the prompt is an instruction and `image` the edited source; None otherwise.
+    source:  uint8 [H, W, 3] where the prompt is an instruction and `image` the edited source; None otherwise.
+    verdict: what the policy said of the image, such as "No, the circle is blue."; None where it said nothing or the
+             scorer is not to see it (`reward.*.sees`).
     """
 
     id: str
     prompt: Prompt
     image: np.ndarray
     source: np.ndarray | None = None
+    verdict: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +175,19 @@ class Score:
     @property
     def missing(self) -> bool:
         return self.value is None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScore(Score):
+    """What all scorers together say of one image of a trajectory; a field is None where a score it needs is missing.
+
+    value: its reward wherever in the trajectory it stands; 0 where no scorer looks at such an image.
+    final: its reward as the image that the trajectory ends with; None for every other image.
+    match: probability that it shows the prompt; the verdict on it is rewarded for agreeing with that.
+    """
+
+    final: float | None = None
+    match: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

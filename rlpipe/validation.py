@@ -14,9 +14,11 @@ from rlpipe.data.factory import factory_problems
 from rlpipe.data.labels import sft_problems
 from rlpipe.data.outputs import Results, generation_prompts, program_of, settings_of
 from rlpipe.data.prompts import PromptError, load_prompts
-from rlpipe.limits import ABOVE_ZERO, AT_LEAST, CHOICES, SHARES
+from rlpipe.data.scored import score_problems
+from rlpipe.evaluate.judged import calibration_problems
+from rlpipe.limits import ABOVE_ZERO, ALSO_SEEN, AT_LEAST, CHOICES, IMAGES_SEEN, REWARDS, SHARES
 from rlpipe.paths import resolve_path
-from rlpipe.schema import Config
+from rlpipe.schema import Config, ScorerSection
 
 ROLLOUT_DEFINES = (
     "guidance",
@@ -45,6 +47,8 @@ def problems_of(config: Config, job: str = "grpo") -> list[str]:
     problems = [line for key, value in _values(config) for line in _range_problems(key, value)]
     if job == "generate":
         return problems + list(_generate_problems(config))
+    if job in ("score", "calibrate"):
+        return problems + list(_scoring_problems(config, job))
     problems += _sampling_problems(config)
     if job == "grpo":
         problems += _credit_problems(config)
@@ -97,6 +101,11 @@ def _sampling_problems(config: Config) -> Iterator[str]:
         yield (
             f"loss.verdict: 'full' is not the distribution that was sampled, so samples of max_staleness "
             f"{config.max_staleness} cannot be corrected; set loss.verdict=restricted or max_staleness=0"
+        )
+    if config.reference.context == "policy" and config.max_staleness > 0 and loss.kl_beta > 0:
+        yield (
+            f"reference.context: 'policy' embeds with the newest weights, not those that drew samples of max_staleness "
+            f"{config.max_staleness}; set reference.context=own or max_staleness=0"
         )
     for key, top_k in (("image", rollout.image_top_k), ("text", rollout.text_top_k)):
         if top_k == 1:
@@ -156,6 +165,14 @@ def _generate_problems(config: Config) -> Iterator[str]:
         yield from Results(section.dir, program_of(config)).problems(settings_of(config, prompts), resume)
 
 
+def _scoring_problems(config: Config, job: str) -> Iterator[str]:
+    """Of the scorers, and of the images that they score or the scores that are there."""
+    if job == "score" or not config.calibrate.scores:
+        yield from _reward_problems(config, job)
+        yield from _scorer_path_problems(config)
+    yield from score_problems(config) if job == "score" else calibration_problems(config)
+
+
 def _learner_problems(config: Config) -> Iterator[str]:
     learner, train, sft = config.learner, config.train, config.sft
     trajectories = train.prompts_per_step * train.group_size
@@ -189,13 +206,6 @@ def _reward_problems(config: Config, job: str) -> Iterator[str]:
     names = [scorer.name for scorer in config.reward]
     if job == "grpo" and not any(scorer.weight > 0 for scorer in config.reward):
         yield f"reward: {len(names)} scorers with no weight above 0; give one, e.g. reward.0.weight=1"
-    total = sum(scorer.weight for scorer in config.reward)
-    reflects = config.rollout.program == "introspect" and config.credit.reflection_weight > 0
-    if job == "grpo" and reflects and 0 < total and abs(total - 1) > 1e-6:
-        yield (
-            f"reward: the weights sum to {total:g}; the reflection is paid for calling the score, so 1 must mean "
-            "Yes: give weights that sum to 1, or set credit.reflection_weight=0"
-        )
     for i, scorer in enumerate(config.reward):
         key = f"reward.{i}"
         if not scorer.name or "/" in scorer.name or names.index(scorer.name) != i:
@@ -205,6 +215,55 @@ def _reward_problems(config: Config, job: str) -> Iterator[str]:
             yield f"{key}.scorer: {scorer.scorer!r} is unknown; give {names_known} or package.module:Class"
         if "{prompt}" not in scorer.question:
             yield f"{key}.question: {scorer.question!r} does not ask about the prompt; put {{prompt}} in it"
+        if scorer.canary and scorer.weight:
+            yield f"{key}.canary: true, but its weight {scorer.weight:g} trains on it; set {key}.weight=0"
+        yield from _role_problems(config, scorer, key, job)
+    if job == "grpo":
+        yield from _comprehension_problems(config)
+
+
+def _role_problems(config: Config, scorer: ScorerSection, key: str, job: str) -> Iterator[str]:
+    """Of what a scorer sees and what its score enters."""
+    for name, known in (("rewards", REWARDS), ("sees", (*IMAGES_SEEN, *ALSO_SEEN))):
+        unknown = [value for value in getattr(scorer, name) if value not in known]
+        if unknown:
+            yield f"{key}.{name}: {unknown[0]!r} is none of {', '.join(known)}"
+    images = [value for value in scorer.sees if value in IMAGES_SEEN]
+    if len(images) != 1:
+        yield f"{key}.sees: {scorer.sees} names {len(images)} kinds of images; give one of {', '.join(IMAGES_SEEN)}"
+    if scorer.weight and not scorer.rewards:
+        yield f"{key}.rewards: nothing, with weight {scorer.weight:g}; give generation, comprehension or weight 0"
+    if job in ("score", "calibrate"):
+        return
+    if "source_image" in scorer.sees and config.rollout.program != "edit":
+        yield f"{key}.sees: source_image is there with rollout.program=edit alone; leave it out"
+    if "verdict" in scorer.sees and config.rollout.program != "introspect":
+        yield f"{key}.sees: verdict is there with rollout.program=introspect alone; leave it out"
+
+
+def _comprehension_problems(config: Config) -> Iterator[str]:
+    """Of the scorers that verdicts are held against: they have to see every image that is looked at."""
+    if config.rollout.program != "introspect" or not config.credit.reflection_weight:
+        return
+    judges = [(i, s) for i, s in enumerate(config.reward) if s.weight > 0 and "comprehension" in s.rewards]
+    if not judges and any(s.weight > 0 for s in config.reward):
+        yield (
+            "reward: no scorer with a weight has rewards comprehension, which the reflection is paid by; "
+            "give it to one, or set credit.reflection_weight=0"
+        )
+    looked_at = {"every_image", *(["first_image"] if config.rollout.max_images <= 2 else [])}
+    for i, scorer in judges:
+        if looked_at.isdisjoint(scorer.sees):
+            yield (
+                f"reward.{i}.rewards: comprehension needs every image that is looked at, and {scorer.name} sees "
+                f"{', '.join(scorer.sees)}; set reward.{i}.rewards=[generation] or reward.{i}.sees=[every_image]"
+            )
+
+
+def _scorer_path_problems(config: Config) -> Iterator[str]:
+    for i, scorer in enumerate(config.reward):
+        if scorer.path is not None and not resolve_path(scorer.path).exists():
+            yield f"reward.{i}.path: {resolve_path(scorer.path)} does not exist; give a checkpoint or null"
 
 
 def _resume_problems(config: Config) -> Iterator[str]:
@@ -230,7 +289,9 @@ def _defining(config: Mapping[str, Any]) -> dict[str, Any]:
         fields_of = config.get(section) or {}
         values |= {f"{section}.{name}": fields_of.get(name) for name in names or fields_of}
     for i, scorer in enumerate(config.get("reward") or ()):
-        values |= {f"reward.{i}.{name}": scorer.get(name) for name in ("scorer", "weight", "question")}
+        values |= {
+            f"reward.{i}.{name}": scorer.get(name) for name in ("scorer", "weight", "question", "rewards", "sees")
+        }
     return values
 
 
@@ -268,9 +329,8 @@ def _file_problems(config: Config, job: str) -> Iterator[str]:
     if config.resume not in ("auto", "never") and not resolve_path(config.resume).is_dir():
         yield f"resume: {config.resume!r} is no checkpoint folder; give auto, never or an existing one"
     yield from _checkpoint_problems(config, job)
-    for i, scorer in enumerate(config.reward if job in ("grpo", "factory") else ()):
-        if scorer.path is not None and not resolve_path(scorer.path).exists():
-            yield f"reward.{i}.path: {resolve_path(scorer.path)} does not exist; give a checkpoint or null"
+    if job in ("grpo", "factory"):
+        yield from _scorer_path_problems(config)
     if job == "sft":
         yield from sft_problems(config)
     if job == "factory":

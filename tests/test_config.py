@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -266,10 +267,30 @@ def test_a_run_folder_is_not_resumed_under_other_settings(tmp_path):
         validate(load_config(None, [f"run.dir={run}", "loss.kl_beta=0.1"]))
 
 
-def test_weights_that_do_not_sum_to_one_are_refused_where_the_reflection_is_paid():
-    with pytest.raises(ConfigError, match="reward: the weights sum to 0.5"):
-        validate(load_config(None, ["reward.0.weight=0.5"]))
-    validate(load_config(None, ["reward.0.weight=0.5", "credit.reflection_weight=0"]))
+ROLES = {
+    "reward.0.rewards=[generation,truth]": "reward.0.rewards: 'truth' is none of generation, comprehension",
+    "reward.0.sees=[all]": "reward.0.sees: 'all' is none of every_image, first_image, final_image, verdict",
+    "reward.0.sees=[every_image,final_image]": "names 2 kinds of images; give one of every_image",
+    "reward.0.sees=[verdict]": "names 0 kinds of images",
+    "reward.0.rewards=[]": "reward.0.rewards: nothing, with weight 1",
+    "reward.0.sees=[every_image,source_image]": "source_image is there with rollout.program=edit alone",
+    "reward.0.canary=true": "reward.0.canary: true, but its weight 1 trains on it; set reward.0.weight=0",
+    "reward.0.rewards=[generation]": "no scorer with a weight has rewards comprehension",
+    "reward.0.sees=[final_image]": "comprehension needs every image that is looked at, and judge sees final_image",
+}
+
+
+@pytest.mark.parametrize("override", ROLES)
+def test_what_a_scorer_sees_and_is_for_is_checked(override):
+    with pytest.raises(ConfigError, match=re.escape(ROLES[override])):
+        validate(load_config(None, [override]))
+
+
+def test_the_first_image_is_all_that_is_looked_at_with_two_images():
+    validate(load_config(None, ["reward.0.sees=[first_image]"]))
+    with pytest.raises(ConfigError, match="comprehension needs every image"):
+        validate(load_config(None, ["reward.0.sees=[first_image]", "rollout.max_images=3", "credit.rule=summed"]))
+    validate(load_config(None, ["reward.0.rewards=[generation]", "credit.reflection_weight=0"]))
 
 
 JANUS_PRO = ["janus_pro_7b_grpo", "janus_pro_7b_grpo_paper", "janus_pro_1b_grpo"]

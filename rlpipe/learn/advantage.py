@@ -1,6 +1,7 @@
 """Credit: scores of a group -> an advantage per reward -> what the learner does with each segment.
 
-An image i is worth R(I_i), its score; the reflection on it 1 - |R(I_i) - [said Yes]| (paper 3.3). The rules:
+An image i is worth R(I_i), its reward; the reflection on it 1 - |P(I_i) - [said Yes]|, where P(I_i) is the probability
+that the image matches (paper 3.3, where R and P are the same number). The rules:
 
 v1, v2, v3 (official code) reward three spans, the first image, the reflection on it and the final image, each compared
 within its group by itself; the loss is the mean over spans. They differ in what the final image is and where it stands:
@@ -8,7 +9,7 @@ within its group by itself; the loss is the mean over spans. They differ in what
     v2  "Yes": image 1, its tokens teacher-forced behind the redraw context; "No": image 2
     v3  image 2, always drawn
 `summed` (paper 3.3) gives all tokens of a trajectory one advantage. With at most T images, of which it drew K,
-    R = sum_{i<K} R(I_i) + (T - K + 1) R(I_K) + T/n sum_i (1 - |R(I_i) - [said Yes]_i|)
+    R = sum_{i<K} R(I_i) + (T - K + 1) R(I_K) + T/n sum_i (1 - |P(I_i) - [said Yes]_i|)
 over the n reflections there are: an image that ends a trajectory for want of rounds is not looked at.
 `segments` rewards every image and reflection, compared with those at the same place in the group's trajectories.
 `single` rewards the only image of a drawing or an edit.
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from rlpipe.learn.group import group_advantages, members_of, verdict_weights
 from rlpipe.schema import CreditSection
-from rlpipe.types import Rollout, Segment, SegmentCredit, TrainBatch, TrainItem, Trajectory
+from rlpipe.types import ImageScore, Rollout, Segment, SegmentCredit, TrainBatch, TrainItem, Trajectory
 
 SPANS = ("first", "reflection", "final")
 ACCEPTING = ("v1", "v2", "summed")
@@ -68,14 +71,36 @@ def accepted_image(trajectory: Trajectory) -> int:
     return trajectory.images.index(trajectory.final_image)
 
 
-def reflection_rewards(trajectory: Trajectory, scores: Sequence[float | None]) -> list[float]:
-    """1 - |R(I_i) - [said Yes]_i| of each reflection, in order; NaN where the image's score is missing."""
-    known = _known(scores)
+def final_image_of(trajectory: Trajectory, rule: str) -> int:
+    """Number of the image that a rule rewards as the final one."""
+    return FINALS[rule](trajectory).image if rule in FINALS else accepted_image(trajectory)
+
+
+def reflection_rewards(trajectory: Trajectory, matches: Sequence[float | None]) -> list[float]:
+    """1 - |P(I_i) - [said Yes]_i| of each reflection, in order; NaN where the image's P is missing."""
+    known = _known(matches)
     return [1.0 - abs(known[i] - float(yes)) for i, yes in enumerate(trajectory.verdicts)]
 
 
 def _known(scores: Sequence[float | None]) -> list[float]:
     return [float("nan") if score is None else float(score) for score in scores]
+
+
+class Row(NamedTuple):
+    """The scores of one trajectory's images; NaN where one is missing.
+
+    values, finals: rewards of each image wherever it stands, and as the final one. matches: P that it shows the prompt.
+    """
+
+    values: list[float]
+    finals: list[float]
+    matches: list[float]
+
+    @staticmethod
+    def of(scores: Sequence[ImageScore | float | None]) -> Row:
+        """Of what the scorers said; a plain number is all three."""
+        whole = [s if isinstance(s, ImageScore) else ImageScore("", s, final=s, match=s) for s in scores]
+        return Row(*(_known([getattr(s, name) for s in whole]) for name in ("value", "final", "match")))
 
 
 def extend(rollouts: Sequence[Rollout], rule: str) -> list[Rollout]:
@@ -102,7 +127,7 @@ def _until_accepted(rollout: Rollout) -> Rollout:
         verdicts=trajectory.verdicts[:kept],
         truncated=trajectory.truncated[:kept],
     )
-    return replace(rollout, trajectory=trajectory, images=rollout.images[:kept])
+    return replace(rollout, trajectory=trajectory, images=rollout.images[:kept], texts=rollout.texts[:kept])
 
 
 def _forced(rollout: Rollout) -> Rollout:
@@ -144,7 +169,7 @@ class Credited:
 
 def assign_credit(
     rollouts: Sequence[Rollout],
-    probabilities: Sequence[Sequence[float | None]],
+    scores: Sequence[Sequence[ImageScore | float | None]],
     groups: Sequence[int],
     section: CreditSection,
     references: References | None = None,
@@ -152,23 +177,25 @@ def assign_credit(
 ) -> Credited:
     """Credit the segments of rollouts that went through `extend`.
 
-    probabilities: per rollout the score of each of its images, None where it failed. That takes the credit
-                   (and the KL) of the rewards that needed it and is counted, never read as a zero.
-    groups:        per rollout the number of its group; rollouts of one group compete.
-    references:    per rollout the reference log-probs of its segments; without them no KL is asked.
-    train_eos:     whether end-of-sentence tokens are in the loss; `summed` counts tokens.
+    scores:     per rollout what was said of each of its images (a plain number is reward and probability at once). What
+                is missing takes the credit (and the KL) of the rewards that needed it and is counted, never read as a
+                zero.
+    groups:     per rollout the number of its group; rollouts of one group compete.
+    references: per rollout the reference log-probs of its segments; without them no KL is asked.
+    train_eos:  whether end-of-sentence tokens are in the loss; `summed` counts tokens.
     """
-    if not len(rollouts) == len(probabilities) == len(groups):
-        raise ValueError(f"credit: {len(rollouts)} rollouts, {len(probabilities)} rows of scores, {len(groups)} groups")
+    if not len(rollouts) == len(scores) == len(groups):
+        raise ValueError(f"credit: {len(rollouts)} rollouts, {len(scores)} rows of scores, {len(groups)} groups")
     trajectories = [rollout.trajectory for rollout in rollouts]
-    plan = RULES[section.rule](trajectories, [_known(scores) for scores in probabilities], section, train_eos)
+    rows = [Row.of(row) for row in scores]
+    plan = RULES[section.rule](trajectories, rows, section, train_eos)
     compared = dict.fromkeys(part.reward for parts in plan.parts for part in parts)
     advantages = {n: group_advantages(plan.rewards[n], groups, section.std_eps, section.std) for n in compared}
     if section.balance_verdicts:
         for name in (n for n in advantages if n.startswith("reflection")):
             image = int(name.partition("_")[2] or 1) - 1
-            looked_at = [row[image] if image < len(row) else None for row in probabilities]
-            advantages[name] = advantages[name] * verdict_weights(np.array(_known(looked_at)))
+            looked_at = [row.matches[image] if image < len(row.matches) else np.nan for row in rows]
+            advantages[name] = advantages[name] * verdict_weights(np.array(looked_at))
     items = []
     for index, (rollout, parts) in enumerate(zip(rollouts, plan.parts, strict=True)):
         own = {name: float(values[index]) for name, values in advantages.items()}
@@ -176,7 +203,7 @@ def assign_credit(
         stored = tuple(references[index]) if references is not None else ()
         items.append(TrainItem(rollout.trajectory, rollout.images, credits, stored))
     batch = TrainBatch(tuple(items), float(plan.terms * len(items)))
-    return Credited(batch, plan.rewards, advantages, _metrics(plan.rewards, advantages, groups, probabilities))
+    return Credited(batch, plan.rewards, advantages, _metrics(plan.rewards, advantages, groups, rows))
 
 
 @dataclass(frozen=True)
@@ -200,11 +227,9 @@ class Plan:
 def _span_rule(finals: Callable[[Trajectory], FinalSpan]) -> Callable[..., Plan]:
     """A rule of three spans: three rewards, three terms of equal weight in the loss."""
 
-    def rule(
-        trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
-    ) -> Plan:
+    def rule(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: CreditSection, train_eos: bool) -> Plan:
         spans = [finals(trajectory) for trajectory in trajectories]
-        rewards = span_rewards(trajectories, scores, [span.image for span in spans], first_only=True)
+        rewards = span_rewards(trajectories, rows, [span.image for span in spans], first_only=True)
         rewards["trajectory"] = sum(rewards[name] for name in SPANS)
         parts = []
         for trajectory, span in zip(trajectories, spans, strict=True):
@@ -217,13 +242,11 @@ def _span_rule(finals: Callable[[Trajectory], FinalSpan]) -> Callable[..., Plan]
     return rule
 
 
-def _summed(
-    trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
-) -> Plan:
+def _summed(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: CreditSection, train_eos: bool) -> Plan:
     """One reward for a trajectory; each segment's weight is its share of the tokens, so that the loss is their mean."""
     finals = [accepted_image(trajectory) for trajectory in trajectories]
-    rewards = span_rewards(trajectories, scores, finals)
-    totals = [summed_reward(t, row) for t, row in zip(trajectories, scores, strict=True)]
+    rewards = span_rewards(trajectories, rows, finals)
+    totals = [summed_reward(t, row) for t, row in zip(trajectories, rows, strict=True)]
     rewards["generation"], rewards["comprehension"] = np.array(totals, np.float64).reshape(-1, 2).T
     rewards["trajectory"] = rewards["generation"] + rewards["comprehension"]
     parts = []
@@ -233,11 +256,11 @@ def _summed(
     return Plan(rewards, parts)
 
 
-def summed_reward(trajectory: Trajectory, scores: Sequence[float]) -> tuple[float, float]:
+def summed_reward(trajectory: Trajectory, row: Row) -> tuple[float, float]:
     """The paper's R_gen and R_comp of one trajectory; NaN where a score that one needs is missing."""
     rounds, stop = trajectory.sampling.max_images, accepted_image(trajectory)
-    generation = sum(scores[:stop]) + (rounds - stop) * scores[stop]
-    said = reflection_rewards(trajectory, scores)
+    generation = sum(row.values[:stop]) + (rounds - stop) * row.finals[stop]
+    said = reflection_rewards(trajectory, row.matches)
     return generation, rounds * float(np.mean(said)) if said else 0.0
 
 
@@ -250,16 +273,16 @@ def _num_trained(trajectory: Trajectory, train_eos: bool) -> list[int]:
     return counts
 
 
-def _segments(
-    trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
-) -> Plan:
+def _segments(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: CreditSection, train_eos: bool) -> Plan:
     """A reward for each place of a trajectory (image_1, reflection_1, image_2, ...), equally weighted in each."""
-    rewards = span_rewards(trajectories, scores, [accepted_image(trajectory) for trajectory in trajectories])
+    ends = [accepted_image(trajectory) for trajectory in trajectories]
+    rewards = span_rewards(trajectories, rows, ends)
     rewards["trajectory"] = np.full(len(trajectories), np.nan)
     weights = {"image_1": section.first_weight}
     parts = []
-    for index, (trajectory, row) in enumerate(zip(trajectories, scores, strict=True)):
-        of_images, of_texts = iter(row), iter(reflection_rewards(trajectory, row))
+    for index, (trajectory, row, end) in enumerate(zip(trajectories, rows, ends, strict=True)):
+        of_images = iter([*row.values[:end], row.finals[end], *row.values[end + 1 :]])
+        of_texts = iter(reflection_rewards(trajectory, row.matches))
         values, parts_of = [], []
         for segment, kind in enumerate(s.kind for s in trajectory.segments):
             name = f"{'image' if kind == 'image' else 'reflection'}_{segment // 2 + 1}"
@@ -272,17 +295,15 @@ def _segments(
     return Plan(rewards, parts)
 
 
-def _single(
-    trajectories: Sequence[Trajectory], scores: Sequence[Sequence[float]], section: CreditSection, train_eos: bool
-) -> Plan:
-    """The score of the one image."""
+def _single(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: CreditSection, train_eos: bool) -> Plan:
+    """The reward of the one image."""
     for trajectory in trajectories:
         if len(trajectory.segments) != 1:
             raise ValueError(
                 f"trajectory {trajectory.id}: credit.rule single credits one image and there are "
                 f"{len(trajectory.segments)} segments; set rollout.program=draw, or another credit.rule"
             )
-    values = np.array([row[0] for row in scores], np.float64)
+    values = np.array([row.finals[0] for row in rows], np.float64)
     return Plan({"final": values, "trajectory": values}, [[Part(0, "final", 1.0)] for _ in trajectories])
 
 
@@ -294,20 +315,9 @@ RULES: dict[str, Callable[..., Plan]] = {
 }
 
 
-def verdict_weights(probabilities: np.ndarray) -> np.ndarray:
-    """Weights [N] under which images that match and images that do not count alike; NaN stays NaN.
-
-    probabilities: float64 [N], P(yes) of the images that were looked at; what is beyond 0 or 1 counts as that. A class
-                   that is rarer than one in ten counts as one in ten; otherwise the weights have mean 1.
-    """
-    probabilities = np.clip(probabilities, 0.0, 1.0)
-    share = float(np.clip(np.nanmean(probabilities), 0.1, 0.9)) if not np.isnan(probabilities).all() else 0.5
-    return 0.5 * (probabilities / share + (1.0 - probabilities) / (1.0 - share))
-
-
 def span_rewards(
     trajectories: Sequence[Trajectory],
-    scores: Sequence[Sequence[float]],
+    rows: Sequence[Row],
     finals: Sequence[int],
     first_only: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -317,40 +327,14 @@ def span_rewards(
     first_only: the reflection's reward is that of the first one, not the mean of all.
     """
     rewards = {name: np.full(len(trajectories), np.nan) for name in SPANS}
-    for index, (trajectory, row, final) in enumerate(zip(trajectories, scores, finals, strict=True)):
-        if final >= len(row):
-            raise ValueError(f"trajectory {trajectory.id}: {len(row)} scores, the rule needs {final + 1}")
-        rewards["first"][index], rewards["final"][index] = row[0], row[final]
-        said = reflection_rewards(trajectory, row)
+    for index, (trajectory, row, final) in enumerate(zip(trajectories, rows, finals, strict=True)):
+        if final >= len(row.values):
+            raise ValueError(f"trajectory {trajectory.id}: {len(row.values)} scores, the rule needs {final + 1}")
+        rewards["first"][index], rewards["final"][index] = row.values[0], row.finals[final]
+        said = reflection_rewards(trajectory, row.matches)
         if said:
             rewards["reflection"][index] = said[0] if first_only else np.mean(said)
     return rewards
-
-
-def group_advantages(
-    rewards: np.ndarray, groups: Sequence[int], std_eps: float = 1e-4, std: str = "sample"
-) -> np.ndarray:
-    """(reward - mean) / (std + std_eps) within each group; float64 [N].
-
-    std: "sample" divides squares by n - 1 (official code), "population" by n, "none" leaves reward - mean as it is.
-
-    Statistics are those of the scores that are there. A missing score stays NaN, and so does the only score
-    of a group, which has nothing to be compared with. A group of equal scores has advantage 0.
-    """
-    advantages = np.full(len(rewards), np.nan)
-    for members, values in _members(rewards, groups):
-        if len(values) > 1:
-            scale = 1.0 if std == "none" else values.std(ddof=int(std == "sample")) + std_eps
-            advantages[members] = (values - values.mean()) / scale
-    return advantages
-
-
-def _members(rewards: np.ndarray, groups: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per group the indices of its scores that are there, and the scores."""
-    groups = np.asarray(groups)
-    present = ~np.isnan(rewards)
-    indices = [np.flatnonzero((groups == group) & present) for group in dict.fromkeys(groups.tolist())]
-    return [(members, rewards[members]) for members in indices]
 
 
 def _credits(
@@ -368,16 +352,15 @@ def _metrics(
     rewards: Mapping[str, np.ndarray],
     advantages: Mapping[str, np.ndarray],
     groups: Sequence[int],
-    probabilities: Sequence[Sequence[float | None]],
+    rows: Sequence[Row],
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, values in rewards.items():
-        spreads = [scores.std(ddof=1) for _, scores in _members(values, groups) if len(scores) > 1]
+        spreads = [scores.std(ddof=1) for _, scores in members_of(values, groups) if len(scores) > 1]
         if spreads:
             metrics[f"reward/{name}/mean"] = float(np.nanmean(values))
             metrics[f"reward/{name}/std"] = float(np.mean(spreads))
-    scores = [score for row in probabilities for score in row]
-    metrics["failures/scores"] = float(sum(score is None for score in scores))
+    metrics["failures/scores"] = float(sum(np.isnan(row.values).sum() for row in rows))
     compared = ~np.isnan(np.stack(list(advantages.values()))).all(axis=0)
     groups = np.asarray(groups)
     lost = [group for group in set(groups.tolist()) if not compared[groups == group].any()]

@@ -12,10 +12,9 @@ from rlpipe.learn.advantage import (
     SPANS,
     assign_credit,
     extend,
-    group_advantages,
     reference_items,
-    verdict_weights,
 )
+from rlpipe.learn.group import group_advantages, verdict_weights
 from rlpipe.learn.loss import TokenTerms, policy_loss, token_terms
 from rlpipe.learn.replay import lay_out, segment_logprobs, token_logprobs
 from rlpipe.schema import CreditSection
