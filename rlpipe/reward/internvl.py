@@ -1,16 +1,20 @@
-"""InternVL as a judge: P(yes) of a question about one or several images, one forward pass (R_QA of the paper)."""
+"""InternVL: its chat, its tiles and the backend that runs it with transformers; and the judge of one question."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     AutoTokenizer,
     InternVLConfig,
@@ -19,11 +23,12 @@ from transformers import (
 )
 
 from rlpipe.paths import resolve_path
-from rlpipe.reward.judge import answer_ids, p_yes, single_token
+from rlpipe.reward import judge, tiling
+from rlpipe.reward.backend import Answer, Query, distinct, one_ahead
+from rlpipe.reward.judge import Judge, missing
 from rlpipe.reward.question import check_question, fill
+from rlpipe.schema import ScorerSection
 from rlpipe.types import Score, ScoreRequest
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Question = str | tuple[str, ...]
 """What is asked: a text about one image, which stands before it; or the texts around several images, an image between
@@ -38,15 +43,19 @@ class JudgeFormat:
         logits = answer_logits(model, ids, mask, judge.pixels(images))     # [B, V]
         p = judge.p_yes(logits)                                            # [B]
 
-    system: text of a system message; empty leaves it out (InternVL2.5 was trained with one, InternVL3
-            without).
+    system:    text of a system message; empty leaves it out (InternVL2.5 was trained with one, InternVL3
+               without).
+    max_tiles: most tiles that `tiles` cuts an image into.
     yes_ids, no_ids: the single-token spellings of the two answers.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: InternVLConfig, system: str = "") -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: InternVLConfig, system: str = "", max_tiles: int = 12
+    ) -> None:
+        self.tokenizer, self.max_tiles = tokenizer, max_tiles
         self.image_size: tuple[int, int] = tuple(config.vision_config.image_size)
-        self.yes_ids, self.no_ids = answer_ids(tokenizer)
+        self.max_length: int = config.text_config.max_position_embeddings
+        self.yes_ids, self.no_ids = judge.answer_ids(tokenizer)
         start, end, image, open_, close = map(
             self._token, ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>", "<img>", "</img>")
         )
@@ -62,14 +71,17 @@ class JudgeFormat:
                 f"config.json: image_seq_length is {config.image_seq_length}, but an image of "
                 f"{self.image_size} pixels makes {tokens} tokens"
             )
+        # InternLM2's tokenizer begins every text with <s>, Qwen2's with nothing.
+        first = tokenizer.encode("")
         head = [start, *self._text(f"system\n{system}"), end, *self._text("\n")] if system else []
-        self._before = [*head, start, *self._text("user\n")]
-        self._image = [open_, *[image] * tokens, close]
+        self._before = [*first, *head, start, *self._text("user\n")]
+        self._open, self._tile, self._close = open_, [image] * tokens, close
         self._after = [end, *self._text("\n"), start, *self._text("assistant\n")]
         self._pad: int = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.end = end
 
     def _token(self, token: str) -> int:
-        found = single_token(self.tokenizer, token)
+        found = judge.single_token(self.tokenizer, token)
         if found is None:
             raise ValueError(f"tokenizer: {token!r} is not one token; is this the tokenizer of an InternVL?")
         return found
@@ -79,71 +91,85 @@ class JudgeFormat:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, both int64 [B, T], of the chat up to the first answer token.
+        """`pad` of the `tokens` of questions about images of one tile each."""
+        cache = {question: self.tokens(question) for question in dict.fromkeys(questions)}
+        return self.pad([cache[question] for question in questions])
+
+    def tokens(self, question: Question, num_tiles: Sequence[int] | None = None) -> list[int]:
+        """Token ids of the chat up to the first answer token.
 
         <|im_start|>user\\n<img><IMG_CONTEXT>...</img>\\n{question}<|im_end|>\\n<|im_start|>assistant\\n
-        with image_seq_length times <IMG_CONTEXT> for every image. Padded on the right: a causal model never looks
-        at the padding, so batch mates cannot change a result.
+        with image_seq_length times <IMG_CONTEXT> for every tile of an image.
+
+        num_tiles: of each image, its thumbnail included; None is one tile each.
         """
-        cache = {q: [*self._before, *self._user(q), *self._after] for q in dict.fromkeys(questions)}
-        length = max(map(len, cache.values()))
-        ids = torch.full((len(questions), length), self._pad)
+        first, *others = ("", f"\n{question}") if isinstance(question, str) else question
+        ids = [*self._before, *self._text(first)]
+        for text, count in zip(others, num_tiles or [1] * len(others), strict=True):
+            ids += [self._open, *self._tile * count, self._close, *self._text(text)]
+        return [*ids, *self._after]
+
+    def pad(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, both int64 [B, T].
+
+        Padded on the right: a causal model never looks at the padding, so batch mates cannot change a result.
+        """
+        ids = torch.full((len(rows), max(map(len, rows))), self._pad)
         mask = torch.zeros_like(ids)
-        for row, question in enumerate(questions):
-            tokens = cache[question]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
         return ids, mask
 
-    def _user(self, question: Question) -> list[int]:
-        first, *others = ("", f"\n{question}") if isinstance(question, str) else question
-        ids = self._text(first)
-        for text in others:
-            ids += [*self._image, *self._text(text)]
-        return ids
+    def num_tiles(self, images: Sequence[np.ndarray]) -> list[int]:
+        """How many `tiles` each image has."""
+        return [tiling.num_tiles(image.shape[:2], self.image_size, self.max_tiles) for image in images]
 
-    def fit(self, image: np.ndarray) -> np.ndarray:
-        """A uint8 [H, W, 3] image at the model's size: one tile, bicubic with antialiasing."""
-        if image.shape[:2] == self.image_size:
-            return image
-        height, width = self.image_size
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    def tiles(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """uint8 [N, H, W, 3] at the model's size, of uint8 [h, w, 3] images of any size, in order."""
+        return np.concatenate([tiling.cut(image, self.image_size, self.max_tiles) for image in images])
 
     def pixels(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, H, W] of uint8 [B, h, w, 3]: resized if need be, ImageNet mean and deviation."""
+        """float32 [N, 3, H, W] of uint8 [N, H, W, 3] at the model's size: ImageNet's mean and deviation."""
         if tuple(images.shape[1:3]) != self.image_size:
-            images = np.stack([self.fit(image) for image in np.asarray(images)])
-        scaled = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
-        mean, std = (scaled.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (scaled - mean) / std
+            raise ValueError(f"images: {tuple(images.shape[1:3])} pixels, not {self.image_size}; cut them into tiles")
+        return tiling.normalise(torch.as_tensor(images))
 
     def p_yes(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 [B], see `judge.p_yes`."""
-        return p_yes(logits, self.yes_ids, self.no_ids)
+        return judge.p_yes(logits, self.yes_ids, self.no_ids)
 
 
 def answer_logits(
     model: InternVLForConditionalGeneration,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float32 logits [B, V] of the first answer token, with gradients; no other position meets lm_head.
 
-    input_ids, attention_mask: int64 [B, T], padded on the right. pixel_values: float [N, 3, H, W], the images of
-    row 0 in order, those of row 1, and so on.
+    input_ids, attention_mask: int64 [B, T], padded on the right. pixel_values: float [N, 3, H, W], the tiles of the
+    images of row 0 in order, those of row 1, and so on; None where no row has an image.
+    order: int64 [M], where rows share images: the index into `pixel_values` of each tile of row 0, of row 1, and so on.
+           The vision tower sees a tile once however many rows ask about it.
     """
+    embeds = model.get_input_embeddings()(input_ids)
+    if pixel_values is not None:
+        features = model.model.get_image_features(pixel_values, return_dict=True).pooler_output.to(embeds.dtype)
+        slots = (input_ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(slots, features if order is None else features[order])
     # The mask only says where rows end: a causal model cannot see the padding on the right, and without an
     # explicit mask attention takes its fast path.
-    hidden = model.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False).last_hidden_state
+    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     last = attention_mask.sum(1) - 1
     return model.lm_head(hidden[torch.arange(len(last), device=hidden.device), last]).float()
 
 
-def load(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Model (evaluation mode) and tokenizer of a local folder in the transformers layout (safetensors)."""
+def check_folder(path: str | Path | None) -> Path:
+    """The absolute path of an InternVL in the transformers layout; ValueError or FileNotFoundError name `path`."""
+    if path is None:
+        raise ValueError("path: none; give the folder of an InternVL checkpoint")
     path = resolve_path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"path: no config.json in {path}; give the folder of an InternVL checkpoint")
@@ -153,84 +179,218 @@ def load(
             f"path: {path} holds a model of type {kind!r}, not 'internvl'; "
             "take the converted checkpoint, whose name ends in -hf"
         )
+    return path
+
+
+def load(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Model (evaluation mode) and tokenizer of a local folder in the transformers layout (safetensors)."""
+    path = check_folder(path)
     model = InternVLForConditionalGeneration.from_pretrained(
         path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
     )
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-class InternVLScorer:
-    """A loaded InternVL that answers questions about images; scorers are made of it.
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Queries as the model takes them: int64 ids and mask [B, T], and the tiles of all images.
 
-    path:       checkpoint folder of transformers' InternVLForConditionalGeneration.
-    batch_size: rows of one forward pass.
-    dtype:      "float32" or "bfloat16". device: "auto" is a GPU if there is one.
+    places: of the queries among all. tiles: uint8 [N, H, W, 3], each image's once. order: as in `answer_logits`.
+    """
+
+    places: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    tiles: torch.Tensor | None
+    order: torch.Tensor | None
+
+    def inputs(self, device: str) -> tuple[torch.Tensor | None, ...]:
+        """ids, mask, pixel_values and order for `answer_logits`, on a device.
+
+        Bytes go there and become floats there: a quarter of the transfer, and of the memory while they wait.
+        """
+        moved = [None if t is None else t.to(device) for t in (self.ids, self.mask, self.tiles, self.order)]
+        ids, mask, tiles, order = moved
+        return ids, mask, None if tiles is None else tiling.normalise(tiles), order
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The batches of distinct queries; for every query asked the place of its equal; answers that are there already."""
+
+    places: list[int]
+    answers: list[Answer | None]
+    batches: Iterable[_Batch]
+
+
+class InternVLBackend:
+    """`rlpipe.reward.backend.Backend` of an InternVL in this process, without settings of its own.
+
+    While one batch is in the model, the next is made ready on another thread.
+
+    prepare_seconds: spent on tokens and tiles, over all threads.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
+        *,
         batch_size: int = 128,
-        dtype: str = "float32",
         device: str = "auto",
+        dtype: str = "float32",
         system: str = "",
+        max_tiles: int = 12,
     ) -> None:
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        if dtype not in dtypes:
-            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(dtypes)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} is below 1")
+        found = torch.cuda.is_available()
+        if device.startswith("cuda") and not found:
+            raise ValueError(f"device: {device!r}, but this process sees no GPU; take auto or cpu, or give it num_gpus")
         self.batch_size = batch_size
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.model, tokenizer = load(path, dtypes[dtype], self.device)
-        self.format = JudgeFormat(tokenizer, self.model.config, system)
+        self.device = ("cuda" if found else "cpu") if device == "auto" else device
+        self.model, tokenizer = load(path, getattr(torch, dtype), self.device)
+        self.format = JudgeFormat(tokenizer, self.model.config, system, max_tiles)
+        self.prepare_seconds = 0.0
+        self._tokenizing, self._counting = threading.Lock(), threading.Lock()
 
-    def answers(self, rows: Sequence[tuple[Question, tuple[np.ndarray, ...]]]) -> list[float]:
-        """P(yes) of each (question, its images uint8 [H, W, 3]), in order; equal rows are computed once."""
-        distinct, keys = {}, []
-        for question, images in rows:
-            images = tuple(map(np.ascontiguousarray, images))
-            key = (question, *(hashlib.sha256(image).digest() + repr(image.shape).encode() for image in images))
-            distinct.setdefault(key, (question, images))
-            keys.append(key)
-        values = dict(zip(distinct, self._probabilities(list(distinct.values())), strict=True))
-        return [values[key] for key in keys]
+    @staticmethod
+    def check(
+        path: str | Path | None,
+        *,
+        batch_size: int = 128,
+        device: str = "auto",
+        dtype: str = "float32",
+        system: str = "",
+        max_tiles: int = 12,
+    ) -> None:
+        """ValueError if there is no InternVL in the folder or the device is none."""
+        try:
+            check_folder(path)
+            torch.device("cpu" if device == "auto" else device)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+        except RuntimeError:
+            raise ValueError(f"device: {device!r} is unknown; take auto, cpu, cuda or cuda:1") from None
+
+    def prepare(self, queries: Sequence[Query]) -> _Plan:
+        plan = self._plan(queries)
+        return replace(plan, batches=list(plan.batches))
+
+    def answer(self, queries: Sequence[Query], prepared: _Plan | None = None) -> list[Answer]:
+        return self._run(prepared or self._plan(queries), self._read)
+
+    def write(self, queries: Sequence[Query], max_tokens: int) -> list[Answer]:
+        return self._run(self._plan(queries), partial(self._generate, max_tokens=max_tokens))
+
+    def _plan(self, queries: Sequence[Query]) -> _Plan:
+        with self._preparing():
+            kept, places = distinct(queries)
+            rows = self._tokens(kept)
+        answers = [self._too_long(row) for row in rows]
+        order = [i for i in _likely_batch_mates(kept, rows) if answers[i] is None]
+        parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return _Plan(places, answers, (self._batch(part, rows, kept) for part in parts))
+
+    def _tokens(self, queries: list[Query]) -> list[list[int]]:
+        """The tokens of each query; one prompt is usually asked about many images."""
+        wanted = [(query.texts, tuple(self.format.num_tiles(query.images))) for query in queries]
+        # A tokenizer is no longer the same while it spells special tokens out, so threads take turns.
+        with self._tokenizing:
+            rows = {key: self.format.tokens(*key) for key in dict.fromkeys(wanted)}
+        return [rows[key] for key in wanted]
+
+    def _too_long(self, row: list[int]) -> Answer | None:
+        if len(row) <= self.format.max_length:
+            return None
+        return Answer(error=f"question and tiles are {len(row)} tokens, the judge takes {self.format.max_length}")
+
+    def _batch(self, part: list[int], rows: list[list[int]], queries: list[Query]) -> _Batch:
+        with self._preparing():
+            ids, mask = self.format.pad([rows[i] for i in part])
+            shown = [image for i in part for image in queries[i].images]
+            if not shown:
+                return _Batch(part, ids, mask, None, None)
+            images = {id(image): image for image in shown}
+            counts = self.format.num_tiles(list(images.values()))
+            ranges = torch.arange(sum(counts)).split(counts)
+            indices = dict(zip(images, ranges, strict=True))
+            tiles = torch.from_numpy(self.format.tiles(images.values()))
+            return _Batch(part, ids, mask, tiles, torch.cat([indices[id(image)] for image in shown]))
 
     @torch.inference_mode()
-    def _probabilities(self, rows: list[tuple[Question, tuple[np.ndarray, ...]]]) -> list[float]:
-        """P(yes) of each row; rows of like length share a batch."""
-        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i][0])))
-        values = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            ids, mask = self.format.encode([rows[i][0] for i in batch])
-            pixels = self.format.pixels(np.stack([self.format.fit(image) for i in batch for image in rows[i][1]]))
-            logits = answer_logits(self.model, *(t.to(self.device) for t in (ids, mask, pixels)))
-            for i, value in zip(batch, self.format.p_yes(logits).tolist(), strict=True):
-                values[i] = value
-        return values
+    def _run(self, plan: _Plan, step: Callable[[_Batch], list[Answer]]) -> list[Answer]:
+        answers = list(plan.answers)
+        for batch in one_ahead(iter(plan.batches)):
+            for place, answer in zip(batch.places, step(batch), strict=True):
+                answers[place] = answer
+        return [answers[place] for place in plan.places]
+
+    def _read(self, batch: _Batch) -> list[Answer]:
+        logits = answer_logits(self.model, *batch.inputs(self.device))
+        return judge.answers(logits, self.format.yes_ids, self.format.no_ids)
+
+    def _generate(self, batch: _Batch, max_tokens: int) -> list[Answer]:
+        ids, mask, pixels, order = batch.inputs(self.device)
+        # Generation goes on at the right end of a row, so the padding moves to the left.
+        shift = (mask.shape[1] - mask.sum(1)).tolist()
+        ids, mask = (torch.stack([row.roll(n) for row, n in zip(t, shift, strict=True)]) for t in (ids, mask))
+        tokens = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **({} if pixels is None else {"pixel_values": pixels[order].to(self.model.dtype)}),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            eos_token_id=self.format.end,
+            pad_token_id=self.format.end,
+        )
+        with self._tokenizing:
+            texts = self.format.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+        return [Answer(text=text) for text in texts]
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        with self._counting:
+            self.prepare_seconds += time.perf_counter() - started
 
 
-class InternVLJudge(InternVLScorer):
+def _likely_batch_mates(queries: list[Query], rows: list[list[int]]) -> list[int]:
+    """Indices of the queries: those about the same images together, and among these groups like lengths."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, query in enumerate(queries):
+        groups.setdefault(tuple(map(id, query.images)), []).append(number)
+    by_length = sorted(groups.values(), key=lambda group: max(len(rows[i]) for i in group))
+    return [i for group in by_length for i in group]
+
+
+class InternVLJudge(Judge):
     """Scorer: the probability that the judge answers `question`, a template with `{prompt}`, with yes.
 
-    judge = InternVLJudge("rlpipe/world/assets/judge", 'Does this image match "{prompt}"?')
-    scores = judge.score([ScoreRequest(id="0", prompt=prompt, image=image)])
+    The other keywords are those of `Judge`. `Score.parts` has `mass`, what yes and no have of the whole vocabulary.
+
+        judge = InternVLJudge("rlpipe/world/assets/judge", 'Does this image match "{prompt}"?')
+        scores = judge.score([ScoreRequest(id="0", prompt=prompt, image=image)])
     """
 
     def __init__(
         self,
-        path: str | Path,
-        question: str,
+        path: str | Path | None = None,
+        question: str = ScorerSection.question,
         batch_size: int = 128,
-        dtype: str = "float32",
+        backend: str = "transformers",
         device: str = "auto",
+        dtype: str = "float32",
         system: str = "",
+        max_tiles: int = 12,
+        engine: Mapping[str, Any] | None = None,
     ) -> None:
         self.question = check_question(question)
-        super().__init__(path, batch_size, dtype, device, system)
+        super().__init__(path, batch_size, backend, device, dtype, system, max_tiles, engine)
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """One score in [0, 1] per request, in order."""
-        values = self.answers([(fill(self.question, r.prompt.text), (r.image,)) for r in requests])
-        return [Score(id=r.id, value=value) for r, value in zip(requests, values, strict=True)]
+    def queries(self, request: ScoreRequest) -> list[Query]:
+        return [Query.about(fill(self.question, request.prompt.text), request.image)]
+
+    def judged(self, request: ScoreRequest, answers: list[Answer]) -> Score:
+        failed, (answer,) = missing(request, answers), answers
+        return failed or Score(id=request.id, value=answer.p_yes, parts={"mass": answer.mass})

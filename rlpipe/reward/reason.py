@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-
-from rlpipe.reward.internvl import InternVLScorer
-from rlpipe.reward.judge import single_token
+from rlpipe.reward.backend import Query
+from rlpipe.reward.judge import Judge
 from rlpipe.reward.question import check_question, fill
 from rlpipe.types import ScoreRequest
 
@@ -17,7 +14,7 @@ SENTENCE = re.compile(r"[.!?]+(?=\s|$)")
 
 
 class Explainer:
-    """Greedy words of a judge that is loaded already.
+    """Greedy words of a judge that is loaded already, on whichever backend.
 
     question:  template with `{prompt}` that asks for yes or no and a reason.
     tokens:    length limit. sentences: how many of them are kept; 0 keeps all.
@@ -26,40 +23,17 @@ class Explainer:
         explainer.explain([ScoreRequest(id="0", prompt=prompt, image=image)])     # ["no, the circle is blue, not red."]
     """
 
-    def __init__(self, judge: InternVLScorer, question: str, tokens: int = 128, sentences: int = 0) -> None:
-        if not isinstance(judge, InternVLScorer):
+    def __init__(self, judge: Judge, question: str, tokens: int = 128, sentences: int = 0) -> None:
+        if not isinstance(judge, Judge):
             raise ValueError(f"reward.0.scorer: {type(judge).__name__} gives no reasons; take internvl")
         self.judge, self.question = judge, check_question(question)
         self.tokens, self.sentences = tokens, sentences
-        self.end = single_token(judge.format.tokenizer, "<|im_end|>")
 
-    def explain(self, requests: Sequence[ScoreRequest]) -> list[str]:
-        """One answer with its reason per request, in order."""
-        answers: list[str] = []
-        for start in range(0, len(requests), self.judge.batch_size):
-            part = requests[start : start + self.judge.batch_size]
-            answers += self._generate([fill(self.question, r.prompt.text) for r in part], [r.image for r in part])
-        return [first_sentences(answer.strip(), self.sentences) for answer in answers]
-
-    @torch.inference_mode()
-    def _generate(self, questions: list[str], images: list[np.ndarray]) -> list[str]:
-        format_, model = self.judge.format, self.judge.model
-        ids, mask = format_.encode(questions)
-        # Generation goes on at the right end of a row, so the padding moves to the left.
-        shift = (mask.shape[1] - mask.sum(1)).tolist()
-        ids, mask = (torch.stack([row.roll(n) for row, n in zip(t, shift, strict=True)]) for t in (ids, mask))
-        pixels = format_.pixels(np.stack([format_.fit(image) for image in images]))
-        device = self.judge.device
-        tokens = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            pixel_values=pixels.to(device, model.dtype),
-            do_sample=False,
-            max_new_tokens=self.tokens,
-            eos_token_id=self.end,
-            pad_token_id=self.end,
-        )
-        return format_.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+    def explain(self, requests: Sequence[ScoreRequest]) -> list[str | None]:
+        """One answer with its reason per request, in order; None where the judge failed."""
+        queries = [Query.about(fill(self.question, r.prompt.text), r.image) for r in requests]
+        answers = self.judge.backend.write(queries, self.tokens)
+        return [None if a.text is None else first_sentences(a.text.strip(), self.sentences) for a in answers]
 
 
 def first_sentences(text: str, count: int) -> str:
