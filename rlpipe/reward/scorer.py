@@ -4,6 +4,14 @@ A scorer of a third party needs no change here: any class with `score(requests) 
 its import path; its constructor gets those of `path`, `question`, `batch_size` that it has, and `options`.
 
     reward: [{name: style, scorer: "mypackage.style:StyleScorer", weight: 0.5, options: {level: 3}}]
+
+Beyond `score` a scorer may have:
+
+    needs = ("source_image",)             what its section's `sees` has to name besides the images
+    check(prompts) -> list[str]           one line for each prompt that it cannot score, asked before a run starts
+    check_keywords(**keywords)            static; ValueError "key: what is wrong; way out" before anything is built
+    prepare(requests) -> prepared         work for another thread, done while it scores the batch before;
+    score_prepared(requests, prepared)    then called in place of `score`
 """
 
 from __future__ import annotations
@@ -23,18 +31,20 @@ from rlpipe.types import Score, ScoreRequest
 
 
 class Scorer(Protocol):
-    """Answers requests: as many scores as requests, in their order, with their ids."""
+    """Answers requests, at most `batch_size` of its section at once: as many scores, in their order, with their ids."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
 
 
-NO_REQUEST = ""
-"""Id of a missing score that stands for requests that never reached a scorer."""
 SCORERS: dict[str, str] = {
     "internvl": "rlpipe.reward.internvl:InternVLJudge",
     "editing": "rlpipe.reward.editing:EditingJudge",
+    "decomposed": "rlpipe.reward.decomposed:DecomposedJudge",
+    "boxed": "rlpipe.reward.boxed:BoxedJudge",
+    "detector": "rlpipe.reward.detector:DetectorScorer",
     "brightness": "rlpipe.reward.simple:Brightness",
     "redness": "rlpipe.reward.simple:Redness",
+    "jpeg_size": "rlpipe.reward.simple:JpegSize",
 }
 """Registry name -> import path; paths, so that one scorer's dependencies are not everybody's."""
 
@@ -68,6 +78,15 @@ def resolve_scorer(section: ScorerSection) -> tuple[Callable[..., Scorer], dict[
     except TypeError as error:
         accepted = ", ".join(parameters) or "nothing"
         raise ConfigError(f"{field}: {section.scorer} {error}; it takes {accepted}") from None
+    for needed in getattr(target, "needs", ()):
+        if needed not in section.sees:
+            raise ConfigError(f"{field}.sees: {section.scorer} needs {needed}; add it to {section.sees}")
+    if hasattr(target, "check_keywords"):
+        try:
+            target.check_keywords(**keywords)
+        except ValueError as error:
+            inside = "" if str(error).partition(":")[0] in STANDARD_KEYWORDS else "options."
+            raise ConfigError(f"{field}.{inside}{error}") from None
     return target, keywords
 
 
@@ -129,7 +148,7 @@ def _answers(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Score]:
         scores = scorer.score(requests)
         if not isinstance(scores, Sequence) or len(scores) != len(requests):
             got = len(scores) if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
-            raise TypeError(f"{type(scorer).__name__}.score returned {got} for {len(requests)} requests")
+            raise TypeError(f"score(requests) returned {got} for {len(requests)} requests")
     except Exception as error:  # a scorer is foreign code: its failure is data here, counted by the caller
         reason = f"{type(error).__name__}: {error}"
         return [Score(id=r.id, value=None, error=reason) for r in requests]
@@ -163,28 +182,3 @@ def _checked(request: ScoreRequest, score: Any) -> Score:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def combine(sections: Sequence[ScorerSection], scores: Sequence[Score]) -> Score:
-    """One request's scores, one per section in order, as their weighted sum.
-
-    `parts` keeps every value there is, under the section's name, and a scorer's own parts under name/part.
-    The sum is missing as soon as one score of a weight other than 0 is: a sum over the rest would be on
-    another scale than those of its group.
-    """
-    ids = {s.id for s in scores} - {NO_REQUEST} or {NO_REQUEST}
-    if len(ids) != 1 or len(scores) != len(sections):
-        raise ValueError(f"combine: {len(sections)} scorers, but scores of ids {sorted(ids)} ({len(scores)} in all)")
-    parts: dict[str, float] = {}
-    missing: list[str] = []
-    total = 0.0
-    for section, score in zip(sections, scores, strict=True):
-        parts |= {f"{section.name}/{key}": value for key, value in score.parts.items()}
-        if not score.missing:
-            parts[section.name] = score.value
-            total += section.weight * score.value
-        elif section.weight != 0:
-            missing.append(f"{section.name}: {score.error}")
-    if missing:
-        return Score(id=ids.pop(), value=None, parts=parts, error="; ".join(missing))
-    return Score(id=ids.pop(), value=total, parts=parts)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
+
+from PIL import Image
 
 from rlpipe.types import Score, ScoreRequest
 
@@ -24,3 +28,31 @@ class Redness:
             parts = {"red": red, "green": green, "blue": blue}
             scores.append(Score(id=request.id, value=red - (green + blue) / 2, parts=parts))
         return scores
+
+
+class JpegSize:
+    """Size as a JPEG file times `per_kilobyte`; the prompt plays no part.
+
+    per_kilobyte: value of 1000 bytes. Negative rewards images that compress well (-1/500: flow_grpo's toy reward),
+                  positive ones that do not.
+    quality:      of the JPEG, 1 to 95.
+    """
+
+    def __init__(self, per_kilobyte: float = -1 / 500, quality: int = 95) -> None:
+        if isinstance(per_kilobyte, bool) or not math.isfinite(per_kilobyte) or per_kilobyte == 0:
+            raise ValueError(f"per_kilobyte: {per_kilobyte!r} rewards nothing; give a number other than 0")
+        if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 95:
+            raise ValueError(f"quality: {quality!r}; give a whole number from 1 to 95")
+        self.per_kilobyte, self.quality = per_kilobyte, quality
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        sizes = [self._kilobytes(r) for r in requests]
+        return [
+            Score(id=r.id, value=self.per_kilobyte * size, parts={"kilobytes": size})
+            for r, size in zip(requests, sizes, strict=True)
+        ]
+
+    def _kilobytes(self, request: ScoreRequest) -> float:
+        file = io.BytesIO()
+        Image.fromarray(request.image).save(file, "JPEG", quality=self.quality)
+        return file.tell() / 1000

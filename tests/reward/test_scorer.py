@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlpipe.config import ConfigError, ScorerSection
-from rlpipe.reward.scorer import build_scorer, check_scorers, combine, score_all
+from rlpipe.reward.scorer import build_scorer, check_scorers, score_all
 from rlpipe.reward.simple import Brightness
 from rlpipe.types import Prompt, Score, ScoreRequest
 
@@ -64,14 +64,14 @@ def test_a_scorer_of_a_third_party_is_named_by_its_import_path():
     [
         (
             {"scorer": "interval"},
-            r"reward\[mine\].scorer: 'interval' is unknown; take one of brightness, editing, internvl",
+            r"reward\[mine\].scorer: 'interval' is unknown; take one of boxed, brightness, decomposed",
         ),
         ({"scorer": "no.such.package:Scorer"}, r"reward\[mine\].scorer: cannot import no.such.package"),
         ({"scorer": f"{__name__}:Missing"}, "has no Missing"),
         ({"scorer": "rlpipe.types:Prompt"}, "has no method score"),
         ({"scorer": f"{__name__}:Threshold", "options": {"levle": 1}}, "'levle'; it takes level"),
         ({"options": {"batch_size": 3}}, r"set reward\[mine\].batch_size"),
-        ({"path": None}, "missing a required argument: 'path'"),
+        ({"path": None}, r"reward\[mine\].path: none; give the folder of an InternVL checkpoint"),
         ({"question": "Is it {promt}?"}, r"reward\[mine\].question: 'Is it {promt}\?' has no {prompt}"),
         ({"question": "Is {it} {prompt}?"}, "unknown placeholder {it}"),
     ],
@@ -130,24 +130,3 @@ def test_a_malformed_image_fails_alone_and_never_reaches_the_scorer():
 
 def test_no_requests_need_no_scorer():
     assert score_all(Answering(lambda requests: 1 / 0), []) == []
-
-
-def test_combined_score_is_the_weighted_sum_and_keeps_its_parts():
-    sections = [ScorerSection(name="judge"), ScorerSection(name="style", weight=-0.5)]
-    total = combine(sections, [Score("x", 0.75), Score("x", 0.5, {"line": 0.1})])
-    assert total == Score("x", 0.5, {"judge": 0.75, "style": 0.5, "style/line": 0.1})
-
-
-def test_combined_score_is_missing_if_a_part_that_counts_is():
-    lost = Score("x", None, error="timeout after 30 s")
-    sections = [ScorerSection(name="judge"), ScorerSection(name="style", weight=0.5)]
-    total = combine(sections, [Score("x", 0.75), lost])
-    assert total == Score("x", None, {"judge": 0.75}, "style: timeout after 30 s")
-    sections[1].weight = 0.0
-    assert combine(sections, [Score("x", 0.75), lost]) == Score("x", 0.75, {"judge": 0.75})
-
-
-def test_scores_of_different_requests_are_not_combined():
-    sections = [ScorerSection(name="judge"), ScorerSection(name="style")]
-    with pytest.raises(ValueError, match="combine"):
-        combine(sections, [Score("x", 0.5), Score("y", 0.5)])
