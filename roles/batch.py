@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from ray import ObjectRef
 
 from rlpipe.config import ScorerSection
-from rlpipe.reward.scorer import NO_REQUEST
-from rlpipe.types import Score
+from rlpipe.reward.service import ScoreCounts
+from rlpipe.types import ImageScore
 from roles.trainer import Stopwatch
-from roles.work import DrawRecord, GroupRecord, GroupRequest, ScoreRecord
+from roles.work import GroupRecord, GroupRequest, ScoreRecord
 
 
 class ScoresMissing(RuntimeError):
@@ -21,11 +22,11 @@ class ScoresMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group as the driver holds it; `scores[member][image]` are the weighted sums over the scorers."""
+    """A group as the driver holds it; `scores[member][image]` are what all scorers together say."""
 
     record: GroupRecord
     rollouts: ObjectRef
-    scores: tuple[tuple[Score, ...], ...]
+    scores: tuple[tuple[ImageScore, ...], ...]
     ref_logprobs: ObjectRef | None
 
 
@@ -36,6 +37,7 @@ class Batch:
     requests:    by ordinal, the prompts that belong to the step (a dropped one no longer does).
     outstanding: groups that are under way.
     drawn, images, dropped, lost: groups and images asked for in all; groups without scores; draws that got lost.
+    counts:      by scorer, what its scores took.
     """
 
     step: int
@@ -46,8 +48,7 @@ class Batch:
     images: int = 0
     dropped: int = 0
     lost: int = 0
-    scores: dict[str, int] = field(default_factory=dict)
-    missing: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, ScoreCounts] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -57,41 +58,33 @@ class Batch:
 
     def count(self, scorer: str, record: ScoreRecord) -> None:
         """Take note of a scorer's answers, present and missing."""
-        for score in (s for group in record.scores for member in group for s in member):
-            self.scores[scorer] = self.scores.get(scorer, 0) + 1
+        self.counts[scorer] = self.counts.get(scorer, ScoreCounts()) + record.counts
+        for score in record.scores:
             if score.missing:
-                self.missing[scorer] = self.missing.get(scorer, 0) + 1
                 self.reasons[scorer] = score.error or "no reason given"
-
-    def check_scores(self, sections: Sequence[ScorerSection], bound: float) -> None:
-        """Raise ScoresMissing if a scorer with a weight failed to score more than a share `bound` of the images."""
-        for section in sections:
-            missing, total = self.missing.get(section.name, 0), self.scores.get(section.name, 0)
-            if section.weight and missing > bound * total:
-                raise ScoresMissing(
-                    f"reward/{section.name}: {missing} of {total} scores of step {self.step + 1} are missing, a larger "
-                    f"share than credit.max_failed_share={bound:g}; last reason: {self.reasons[section.name]}"
-                )
 
     def metrics(self, sections: Sequence[ScorerSection]) -> dict[str, float]:
         groups = self.in_order()
         metrics = {
             "rollout/images": float(sum(sum(g.record.num_images) for g in groups)),
             "rollout/images_per_s": self.images / max(self.watch.seconds.get("draw", 0.0), 1e-9),
-            "failures/scores": float(sum(self.missing.values())),
+            "failures/scores": float(sum(counts.missing for counts in self.counts.values())),
             "failures/groups": float(self.dropped),
             "failures/lost_draws": float(self.lost),
         }
+        for scorer, counts in self.counts.items():
+            metrics[f"failures/{scorer}/missing"] = float(counts.missing)
+            metrics[f"failures/{scorer}/attempts"] = float(counts.failed)
+            metrics[f"failures/{scorer}/timeouts"] = float(counts.timeouts)
+            metrics[f"failures/{scorer}/retries"] = float(counts.retries)
+            metrics[f"cached/{scorer}"] = counts.cached / max(counts.requests, 1)
         verdicts = [o.trajectory.verdicts for g in groups for o in g.record.outlines if o.trajectory.verdicts]
         if verdicts:
             reflections = sum(map(len, verdicts))
             metrics["rollout/share_yes"] = sum(said[0] for said in verdicts) / len(verdicts)
             metrics["rollout/reflection_tokens"] = sum(sum(g.record.num_text_tokens) for g in groups) / reflections
             metrics["rollout/truncated"] = sum(g.record.truncated for g in groups) / reflections
-        for section in sections:
-            parts = [s.parts for g in groups for member in g.scores for s in member if section.name in s.parts]
-            if parts:
-                metrics[f"reward/{section.name}/mean"] = sum(p[section.name] for p in parts) / len(parts)
+        metrics |= part_means(sections, [score for g in groups for member in g.scores for score in member])
         return metrics | {f"time/{phase}": seconds for phase, seconds in self.watch.seconds.items()}
 
 
@@ -103,7 +96,32 @@ class Chunk:
     requests: tuple[GroupRequest, ...]
 
 
-def missing_scores(drawn: DrawRecord, reason: str) -> ScoreRecord:
-    """Answers for drawn groups without any score."""
-    none = Score(NO_REQUEST, None, error=reason)
-    return ScoreRecord(0.0, tuple(tuple((none,) * n for n in record.num_images) for record in drawn.groups))
+def part_means(sections: Sequence[ScorerSection], scores: Sequence[ImageScore]) -> dict[str, float]:
+    """Mean of each scorer's values, and of each part of them, over the images that have one."""
+    metrics = {}
+    for section in sections:
+        where = "canary" if section.canary else "reward"
+        names = dict.fromkeys(name for s in scores for name in s.parts if name.split("/")[0] == section.name)
+        for name in names:
+            values = [s.parts[name] for s in scores if name in s.parts]
+            metrics[f"{where}/{name if name != section.name else f'{name}/mean'}"] = sum(values) / len(values)
+    return metrics
+
+
+def canary_correlations(
+    sections: Sequence[ScorerSection], groups: Sequence[ScoredGroup], rewards: np.ndarray
+) -> dict[str, float]:
+    """Correlation over a step's trajectories of each canary (mean over the images that it scored) with the reward.
+
+    rewards: float64 [N], of the groups' members in order; NaN where one is missing. Without two trajectories that
+             differ in both there is none.
+    """
+    metrics = {}
+    members = [member for group in groups for member in group.scores]
+    for section in (s for s in sections if s.canary):
+        values = [[s.parts[section.name] for s in member if section.name in s.parts] for member in members]
+        canary = np.array([np.mean(v) if v else np.nan for v in values])
+        both = ~(np.isnan(canary) | np.isnan(rewards))
+        if both.sum() > 1 and canary[both].std() > 0 and rewards[both].std() > 0:
+            metrics[f"canary/{section.name}/correlation"] = float(np.corrcoef(canary[both], rewards[both])[0, 1])
+    return metrics

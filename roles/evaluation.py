@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from rlpipe.config import Config
+from rlpipe.config import Config, ScorerSection
 from rlpipe.data.prompts import load_prompts
 from rlpipe.evaluate.editing import EditOutcome, print_edit_table, summarise_edits
 from rlpipe.evaluate.table import Measured, NearMiss, Outcome, summarise
@@ -24,12 +24,20 @@ from rlpipe.world.edits import edit_from_metadata
 from rlpipe.world.prompts import spec_from_metadata
 from rlpipe.world.scenes import IMAGE_SIZE
 from roles.group import ActorPool, RoleError
+from roles.replica import ActorHangs
 from roles.trainer import Trainer
 from roles.weight_sync import WeightSync
 from roles.work import Manifest
 
 JUDGE_LOSSES = 3
 """Times that the judge may be lost while one slice of the prompts is measured."""
+
+
+def learned_judge(sections: Sequence[ScorerSection]) -> int | None:
+    """Place of the scorer whose word on held-out images is held against the checker's: the first of those that say
+    whether an image matches; None without any."""
+    judges = (i for i, s in enumerate(sections) if s.weight > 0 and "comprehension" in s.rewards)
+    return next(judges, None)
 
 
 def uncheckable(prompts: Sequence[Prompt], policy_path: str, program: str = "introspect") -> str | None:
@@ -51,15 +59,18 @@ def uncheckable(prompts: Sequence[Prompt], policy_path: str, program: str = "int
 class Evaluation:
     """Measures one version of the weights after the other; finished measurements are kept in the run folder.
 
-    evaluation = Evaluation(config, trainer, rollout_pool, scorer_pool, sync)
+    evaluation = Evaluation(config, trainer, rollout_pool, scorer_pools, sync)
     rl = await evaluation.measure("RL", await trainer.publish(), guidance=1.0)
     """
 
     def __init__(
-        self, config: Config, trainer: Trainer, rollout: ActorPool, scorer: ActorPool, sync: WeightSync
+        self, config: Config, trainer: Trainer, rollout: ActorPool, scorers: Sequence[ActorPool], sync: WeightSync
     ) -> None:
         self.config, self.trainer = config, trainer
-        self.rollout, self.scorer, self.sync = rollout, scorer, sync
+        self.rollout, self.sync = rollout, sync
+        place = learned_judge(config.reward)
+        self.judge = None if place is None else config.reward[place]
+        self.judges = None if place is None else scorers[place]
         prompts = load_prompts(config.evaluate.prompts)
         self.prompts = prompts[: config.evaluate.limit or None]
 
@@ -110,10 +121,11 @@ class Evaluation:
 
     async def _slice(self, method: str, prompts: list[Prompt], guidance: float, full: bool) -> object:
         """Measure some prompts on a free worker, which asks the judge itself."""
-        judge = self.scorer.replicas[0]
+        judges = self.judges if full else None
         timeout = self.config.rollout.timeout_s
-        for _ in range(JUDGE_LOSSES):
-            handle = judge.handle if full else None
+        for attempt in range(JUDGE_LOSSES):
+            judge = judges.replicas[attempt % len(judges.replicas)] if judges is not None else None
+            handle = None if judge is None else judge.handle
             try:
                 return await self.rollout.call(
                     method,
@@ -125,18 +137,19 @@ class Evaluation:
                     before=lambda replica: (self.sync.version_of(replica),),
                 )
             except RayTaskError as error:
-                if not isinstance(error.cause, RayActorError):
+                if not isinstance(error.cause, (RayActorError, ActorHangs)):
                     raise
-                await self.scorer.revive(judge, handle, error.cause)
-        raise RoleError(f"{judge.name}: lost {JUDGE_LOSSES} times while it scored held-out images")
+                await judges.revive(judge, handle, error.cause)
+        raise RoleError(f"{judges.role}: lost {JUDGE_LOSSES} times while it scored held-out images")
 
     def _key(self, manifest: Manifest, guidance: float, full: bool) -> str:
         """What a measurement depends on."""
-        scorer, evaluate = self.config.reward[0], self.config.evaluate
+        evaluate, judge = self.config.evaluate, None
+        if full and self.judge is not None:
+            judge = [self.judge.scorer, self.judge.path, self.judge.question, self.judge.options]
         rollout = {**asdict(self.config.rollout), "guidance": guidance}
         for key in ("workers", "num_cpus", "num_gpus", "threads", "groups_per_call", "timeout_s"):
             del rollout[key]
-        judge = [scorer.scorer, scorer.path, scorer.question] if full else None
         parts = [manifest.checksum, self.config.policy.path, evaluate.seed, rollout, judge]
         rows = [[prompt.id, prompt.text, dict(prompt.metadata)] for prompt in self.prompts]
         return hashlib.sha256(json.dumps([parts, rows], sort_keys=True).encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ from rlpipe.types import Rollout, ScoreRequest
 from roles.batch import ScoresMissing
 from roles.group import ActorPool, RoleError
 from roles.placement import Demand, connect, with_absolute_paths
-from roles.reward import RewardActor
+from roles.reward import RewardActor, longest_s
 from roles.rollout import RolloutWorker
 from roles.trainer import Stopped
 from roles.work import GroupRequest, sampling_of, trajectory_seed
@@ -76,7 +76,9 @@ class LabelActor(RewardActor):
         super().__init__(config.reward[0])
         self.factory = config.factory
         question = self.factory.question or self.section.question
-        self.explainer = Explainer(self.scorer, question, self.factory.reason_tokens, self.factory.reason_sentences)
+        self.explainer = Explainer(
+            self.service.scorer, question, self.factory.reason_tokens, self.factory.reason_sentences
+        )
 
     def label(self, shard: Shard, drawn: list[ObjectRef]) -> LabelRecord:
         """Rows for the label file of a shard. `drawn`: reference to its rollouts; empty for images made elsewhere.
@@ -95,7 +97,7 @@ class LabelActor(RewardActor):
             for number, group in enumerate(images)
             for i, image in enumerate(group)
         ]
-        scores, reasons = self._score(requests), self._reasons(requests)
+        scores, reasons = self.score(requests).scores, self._reasons(requests)
         errors = [s.error or "no reason given" for s, r in zip(scores, reasons, strict=True) if s.missing or r is None]
         rows, start = [], 0
         for number, group in enumerate(paths):
@@ -222,7 +224,7 @@ async def _run(
 async def _label(config: Config, shard: Shard, workers: ActorPool | None, judges: ActorPool) -> LabelRecord:
     """Draw (if the images are not there) and label one shard; drawn again if its images are lost on the way.
 
-    The timeouts of the configuration are those of one batch; a shard has several.
+    rollout.timeout_s is that of one batch; a shard has several.
     """
     judge = config.reward[0]
     for _ in range(LOSSES):
@@ -238,7 +240,8 @@ async def _label(config: Config, shard: Shard, workers: ActorPool | None, judges
             _, groups = await workers.call("draw", requests, timeout_s=limit, num_returns=2)
             drawn = [groups]
         images = sum(map(len, shard.files)) or len(shard.prompts) * config.factory.images_per_prompt
-        limit = math.ceil(images / judge.batch_size) * judge.timeout_s
+        # As long again for the reasons.
+        limit = 2 * longest_s(judge, images)
         try:
             return await judges.call("label", shard, drawn, timeout_s=limit)
         except RayTaskError as error:

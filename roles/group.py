@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayTaskError
 
-LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, TimeoutError)
-"""What a call raises when its actor is gone or hangs, as against an error of the actor's own code."""
+from roles.replica import LOST, Replica, Take
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 
@@ -27,42 +28,13 @@ class RoleError(RuntimeError):
     """A role that cannot do its work any more; the message names it and its last error."""
 
 
-class Replica:
-    """One actor of a pool; `handle` changes when it is replaced."""
-
-    def __init__(self, role: str, index: int) -> None:
-        self.name = f"{role}[{index}]"
-        self.index = index
-        self.handle: ActorHandle | None = None
-        self.busy_s = 0.0
-        self.queued = False
-        self.revival: asyncio.Task | None = None
-
-    async def ask(self, method: str, *args: Any, timeout_s: float, num_returns: int = 1) -> Any:
-        """The value of one call. With several returns: the first one's value, then references to the others."""
-        started = time.monotonic()
-        remote = getattr(self.handle, method)
-        if num_returns > 1:
-            remote = remote.options(num_returns=num_returns)
-        refs = remote.remote(*args)
-        try:
-            first = await asyncio.wait_for(refs[0] if num_returns > 1 else refs, timeout_s)
-        except RayTaskError:
-            raise
-        except TimeoutError:
-            raise TimeoutError(f"{self.name}.{method}: no answer within {timeout_s:g} s") from None
-        finally:
-            self.busy_s += time.monotonic() - started
-        return (first, *refs[1:]) if num_returns > 1 else first
-
-
 class ActorPool:
-    """`size` replicas of one actor class, each doing one call at a time for whoever asks.
+    """`size` replicas of one actor class, each doing up to `slots` calls at once for whoever asks.
 
     role:     its name in errors and metrics.
     create:   makes the actor of a replica index; the class has a method `ready()`, answered once it can work.
     on_start: awaited with each replica that starts or starts again, before it gets any work.
-    failures: losses in a row, without any call that succeeds in between, after which the pool gives up.
+    failures: losses in a row after which a replica is given up; the pool goes on with those that are left.
     attempts: times that one call may be sent; more losses than that point to the call, not to the machines.
 
         pool = ActorPool("rollout", create, size=2)
@@ -76,6 +48,7 @@ class ActorPool:
         create: Callable[[int], ActorHandle],
         size: int = 1,
         *,
+        slots: int = 1,
         start_timeout_s: float = 600.0,
         failures: int = 8,
         attempts: int = 4,
@@ -85,12 +58,14 @@ class ActorPool:
         self.replicas = [Replica(role, i) for i in range(size)]
         self.restarts = 0
         self.retries = 0
+        self.given_up = 0
         self.on_start = on_start
-        self._create, self._start_timeout_s = create, start_timeout_s
+        self._create, self._slots, self._start_timeout_s = create, slots, start_timeout_s
         self._failures, self._attempts = failures, attempts
-        self._losses_in_a_row = 0
-        self._free: asyncio.Queue[Replica] = asyncio.Queue()
+        self._waiting: deque[asyncio.Future[tuple[Replica, ActorHandle]]] = deque()
         self._broken: asyncio.Future | None = None
+        # A stream that is abandoned keeps its thread until its actor has ended.
+        self._threads = ThreadPoolExecutor(2 * size * slots, thread_name_prefix=role)
         self._read_at, self._read_busy_s = time.monotonic(), 0.0
 
     async def start(self) -> None:
@@ -113,29 +88,51 @@ class ActorPool:
 
         before: further arguments, in front of `args`, that depend on the replica.
         """
+        limits = {"timeout_s": timeout_s, "num_returns": num_returns}
+        return await self._anywhere(method, lambda r: r.ask(method, *before(r), *args, **limits))
+
+    async def stream(
+        self,
+        method: str,
+        *args: Any,
+        timeout_s: float,
+        begin: Callable[[], Take],
+        before: Callable[[Replica], tuple] = lambda replica: (),
+    ) -> None:
+        """As `call`, of a method that yields, in turn, an object and a record about it; `timeout_s` is of all of it.
+
+        begin: called whenever the stream starts, again after a loss; what it returns is called with each record and
+               the reference to its object as they come.
+        """
+
+        def follow(replica: Replica) -> Awaitable[None]:
+            every = (*before(replica), *args)
+            return replica.follow(method, *every, timeout_s=timeout_s, take=begin(), threads=self._threads)
+
+        await self._anywhere(method, follow)
+
+    async def _anywhere(self, method: str, ask: Callable[[Replica], Awaitable[Any]]) -> Any:
         for attempt in range(1, self._attempts + 1):
-            replica = await self._next_free(method)
+            replica = await self._place(method)
             handle = replica.handle
             try:
-                every = (*before(replica), *args)
-                result = await replica.ask(method, *every, timeout_s=timeout_s, num_returns=num_returns)
+                result = await ask(replica)
             except RayTaskError:
-                self._release(replica)
+                self._release(replica, handle)
                 raise
             except LOST as error:
+                self.revive_later(replica, handle, error)
                 if attempt == self._attempts:
-                    self.revive_later(replica, handle, error)
                     message = f"{self.role}.{method}: lost {attempt} times; last: {_line(error)}"
                     raise RoleError(message) from error
                 self.retries += 1
-                self.revive_later(replica, handle, error)
             except BaseException:
                 # Cancelled: it still does what nobody waits for; who comes next stands in line behind that.
-                self._release(replica)
+                self._release(replica, handle)
                 raise
             else:
-                self._losses_in_a_row = 0
-                self._release(replica)
+                replica.losses = 0
+                self._release(replica, handle)
                 return result
         raise AssertionError("unreachable")
 
@@ -160,8 +157,7 @@ class ActorPool:
 
     def revive_later(self, replica: Replica, lost: ActorHandle, error: BaseException) -> None:
         """Replace a lost replica in the background; it serves again when it is ready."""
-        task = asyncio.ensure_future(self.revive(replica, lost, error))
-        task.add_done_callback(_mark_read)
+        self._revival(replica, lost, error)
 
     async def revive(
         self, replica: Replica, lost: ActorHandle | None = None, error: BaseException | None = None
@@ -169,12 +165,21 @@ class ActorPool:
         """(Re)create a replica, bring it up to date and let it serve; whoever asks meanwhile waits for the same.
 
         lost: the actor that `error` came from; one that has been replaced since is not replaced once more.
+        Raises why, if the replica is given up.
         """
-        if replica.revival is None:
-            if replica.handle is not lost:
-                return
+        if replica.given_up is not None:
+            raise replica.given_up
+        revival = self._revival(replica, lost, error)
+        if revival is not None:
+            await asyncio.shield(revival)
+
+    def _revival(self, replica: Replica, lost: ActorHandle | None, error: BaseException | None) -> asyncio.Task | None:
+        """The revival under way, begun here unless `lost` has been replaced since; from now on it gets no work."""
+        if replica.revival is None and replica.handle is lost and replica.given_up is None:
+            replica.free = 0
             replica.revival = asyncio.ensure_future(self._revive(replica, error))
-        await asyncio.shield(replica.revival)
+            replica.revival.add_done_callback(_mark_read)
+        return replica.revival
 
     async def _revive(self, replica: Replica, error: BaseException | None) -> None:
         try:
@@ -195,55 +200,85 @@ class ActorPool:
                     error = lost
         except BaseException as fatal:
             if not isinstance(fatal, asyncio.CancelledError):
-                self._break(fatal)
+                self._give_up(replica, fatal)
             raise
         finally:
             replica.revival = None
-        self._release(replica)
+        replica.free = self._slots
+        self._hand_out()
+
+    def _give_up(self, replica: Replica, error: BaseException) -> None:
+        """Go on without a replica; without any, every call of this pool raises `error` from now on."""
+        replica.given_up = error
+        self.given_up += 1
+        self.replicas.remove(replica)
+        self._read_busy_s -= replica.busy_s()
+        _end(replica.handle)
+        if not self.replicas:
+            self._break(error)
 
     def _break(self, error: BaseException) -> None:
         """From now on every call of this pool raises `error`."""
         if not self._broken.done():
             self._broken.set_exception(error)
             _mark_read(self._broken)
-
-    def _release(self, replica: Replica) -> None:
-        if not replica.queued:
-            replica.queued = True
-            self._free.put_nowait(replica)
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self._waiting.clear()
 
     async def _count_loss(self, replica: Replica, error: BaseException) -> None:
         """One more loss: the old actor is ended, and after a pause that grows the next one may be made."""
         self.restarts += 1
-        self._losses_in_a_row += 1
-        with contextlib.suppress(Exception):
-            ray.kill(replica.handle, no_restart=True)
-        if self._losses_in_a_row > self._failures:
-            raise RoleError(f"{replica.name}: {self._losses_in_a_row} losses in a row; last: {_line(error)}") from error
-        await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (self._losses_in_a_row - 1), LONGEST_PAUSE_S))
+        replica.losses += 1
+        _end(replica.handle)
+        if replica.losses > self._failures:
+            raise RoleError(f"{replica.name}: {replica.losses} losses in a row; last: {_line(error)}") from error
+        await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (replica.losses - 1), LONGEST_PAUSE_S))
 
-    async def _next_free(self, method: str) -> Replica:
-        """Wait for a replica; every one of them is either at work under a timeout or being revived."""
+    async def _place(self, method: str) -> Replica:
+        """Wait, in line, for a replica that can take a call: all are at work under a timeout or being revived."""
         if self._broken is None:
             raise RoleError(f"{self.role}.{method}: the pool was not started")
         while not self._broken.done():
-            getter = asyncio.ensure_future(self._free.get())
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            self._hand_out()
             try:
-                await asyncio.wait({getter, self._broken}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not getter.done():
-                    getter.cancel()
-            if getter.done() and not getter.cancelled():
-                replica = getter.result()
-                replica.queued = False
-                if replica.revival is None:
-                    return replica
+                replica, handle = await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                    # It was handed a place in the very moment.
+                    self._release(*waiter.result())
+                raise
+            if self._serves(replica, handle):
+                return replica
         return self._broken.result()
+
+    def _hand_out(self) -> None:
+        """Give free places to those that wait, in their order, at the replica with most of them."""
+        while self._waiting:
+            replica = max(self.replicas, key=lambda r: r.free, default=None)
+            if replica is None or not replica.free:
+                return
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                replica.free -= 1
+                waiter.set_result((replica, replica.handle))
+
+    def _release(self, replica: Replica, handle: ActorHandle) -> None:
+        """A call has ended; the places of an actor that is lost are lost with it."""
+        if self._serves(replica, handle):
+            replica.free += 1
+            self._hand_out()
+
+    def _serves(self, replica: Replica, handle: ActorHandle) -> bool:
+        return replica.handle is handle and replica.revival is None and replica.given_up is None
 
     def idle_share(self) -> float:
         """Share of the time since the last reading in which the replicas waited for work."""
-        now, busy_s = time.monotonic(), sum(r.busy_s for r in self.replicas)
-        elapsed = max(now - self._read_at, 1e-9) * len(self.replicas)
+        now, busy_s = time.monotonic(), sum(r.busy_s() for r in self.replicas)
+        elapsed = max(now - self._read_at, 1e-9) * max(len(self.replicas), 1)
         share = 1.0 - (busy_s - self._read_busy_s) / elapsed
         self._read_at, self._read_busy_s = now, busy_s
         return min(max(share, 0.0), 1.0)
@@ -253,6 +288,7 @@ class ActorPool:
         return {
             f"failures/{self.role}/restarts": self.restarts,
             f"failures/{self.role}/retries": self.retries,
+            f"failures/{self.role}/given_up": self.given_up,
         }
 
     def close(self) -> None:
@@ -260,9 +296,14 @@ class ActorPool:
         for replica in self.replicas:
             if replica.revival is not None:
                 replica.revival.cancel()
-            if replica.handle is not None:
-                with contextlib.suppress(Exception):
-                    ray.kill(replica.handle, no_restart=True)
+            _end(replica.handle)
+        self._threads.shutdown(wait=False)
+
+
+def _end(handle: ActorHandle | None) -> None:
+    if handle is not None:
+        with contextlib.suppress(Exception):
+            ray.kill(handle, no_restart=True)
 
 
 def _line(error: BaseException) -> str:

@@ -31,7 +31,7 @@ from roles.placement import (
     learner_demands,
     with_absolute_paths,
 )
-from roles.pools import examples_pool, reference_pool, rollout_pool, scorer_pools
+from roles.pools import examples_pool, reference_pool, refuse_prompts, rollout_pool, scorer_pools
 from roles.trainer import Stopped, Stopwatch, Trainer
 from roles.weight_sync import WeightError
 
@@ -132,10 +132,11 @@ async def grpo(config: Config) -> None:
     try:
         with trainer.signals():
             state, *_ = await asyncio.gather(trainer.start(), *(pool.start() for pool in pools))
+            await refuse_prompts(config.reward, prompts, scorers)
             pipeline = GrpoPipeline(config, prompts, trainer, rollout, scorers, reference)
             await pipeline.run(state)
             await trainer.export(Path(config.run.dir) / "policy")
-            evaluation = Evaluation(config, trainer, rollout, scorers[0], pipeline.sync)
+            evaluation = Evaluation(config, trainer, rollout, scorers, pipeline.sync)
             summary = await measure_run(evaluation, started)
     finally:
         for pool in pools:

@@ -1,7 +1,8 @@
 """The driver of reinforcement learning: four small loops over references and small records.
 
     _feed   prompts          -> chunks of requests for a step
-    _draw   chunks           -> drawn groups                     (rollout workers)
+    _draw   chunks           -> drawn groups; each image is sent to the reward actors as soon as it is finished
+                                                                  (rollout workers, reward actors)
     _score  drawn groups     -> scored groups in the step's batch (reward actors and reference actors)
     _train  complete batches -> new weights on every worker       (learner ranks)
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from rlpipe.data.prompts import PromptCursor
 from rlpipe.learn.advantage import Credited, assign_credit, reflection_rewards
 from rlpipe.learn.checkpoint import CheckpointError
 from rlpipe.learn.decline import Decline, Reaction
-from rlpipe.reward.scorer import combine
+from rlpipe.reward.combine import usable
 from rlpipe.types import Prompt
-from roles.batch import Batch, Chunk, ScoredGroup, ScoresMissing, missing_scores
+from roles.batch import Batch, Chunk, ScoredGroup, ScoresMissing, canary_correlations
 from roles.group import ActorPool, RoleError
+from roles.panel import Drawing, Panel
 from roles.trainer import Stopwatch, Trainer
 from roles.weight_sync import WeightSync
-from roles.work import DrawRecord, GroupRequest, Manifest, Sample, ScoreRecord, Share, split
+from roles.work import GroupRequest, Manifest, Sample, Share, split
 
 LOST_DRAWS = 3
 """Times that a step's drawn groups may get lost (with their node) and be drawn again."""
@@ -57,7 +60,8 @@ class GrpoPipeline:
         reference: ActorPool | None,
     ) -> None:
         self.config, self.trainer = config, trainer
-        self.rollout, self.scorers, self.reference = rollout, list(scorers), reference
+        self.rollout, self.reference = rollout, reference
+        self.panel = Panel(config, scorers)
         self.cursor = PromptCursor(prompts, config.seed, config.data.shuffle)
         self.sync = WeightSync(rollout, config.rollout.timeout_s)
         self.syncs = [self.sync]
@@ -85,6 +89,7 @@ class GrpoPipeline:
                     self._spawn(self._draw())
                 await self.trainer.unless_halted(asyncio.gather(*await self._train()))
         finally:
+            self.panel.close()
             for task in self._tasks:
                 task.cancel()
 
@@ -150,46 +155,42 @@ class GrpoPipeline:
         """
         while True:
             chunk = await self._work.get()
-            record, *groups = await self.rollout.call(
+            drawing = Drawing(chunk, self.panel)
+            await self.rollout.stream(
                 "generate",
                 list(chunk.requests),
                 timeout_s=self.config.rollout.timeout_s,
-                num_returns=1 + len(chunk.requests),
+                begin=drawing.begin,
                 before=lambda replica: (self.sync.version_of(replica),),
             )
-            chunk.batch.watch.add("draw", record.seconds / len(self.rollout.replicas))
-            self._spawn(self._score(chunk, record, groups))
+            chunk.batch.watch.add("draw", drawing.seconds / max(len(self.rollout.replicas), 1))
+            self._spawn(self._score(drawing))
 
-    async def _score(self, chunk: Chunk, drawn: DrawRecord, groups: list[ObjectRef]) -> None:
-        """Score a chunk by every scorer and the reference at once, and put its groups into the step's batch.
+    async def _score(self, drawing: Drawing) -> None:
+        """Have a chunk looked at by the reference, and with all its scores put its groups into the step's batch.
 
-        consumes:     drawn groups.
-        waits for:    a free replica of each scorer and of the reference.
+        consumes:     drawn groups, and the scores that _draw asked for.
+        waits for:    a free replica of the reference, and of each scorer.
         unblocked by: _draw.
         """
-        batch = chunk.batch
+        batch = drawing.chunk.batch
         try:
-            references, *scored = await asyncio.gather(
-                self._ask_reference(batch, groups),
-                *(self._ask_scorer(i, batch, drawn, groups) for i in range(len(self.scorers))),
+            references, scored = await asyncio.gather(
+                self._ask_reference(batch, [rollouts for _, rollouts in drawing.groups]), drawing.scores()
             )
         except ObjectLostError as error:
-            self._draw_again(batch, list(chunk.requests), error)
+            drawing.forget()
+            self._draw_again(batch, list(drawing.chunk.requests), error)
             return
-        for number, record in enumerate(drawn.groups):
+        for (record, rollouts), reference, scores in zip(drawing.groups, references, scored, strict=True):
             batch.images += sum(record.num_images)
-            sections = self.config.reward
-            scores = tuple(
-                tuple(combine(sections, image) for image in zip(*member, strict=True))
-                for member in zip(*(s.scores[number] for s in scored), strict=True)
-            )
-            if sum(not member[0].missing for member in scores) < 2:
+            if sum(map(usable, scores)) < 2:
                 # Nothing to compare: the group says nothing about which trajectory is better.
                 del batch.requests[record.ordinal]
                 batch.dropped += 1
                 continue
-            batch.groups[record.ordinal] = ScoredGroup(record, groups[number], scores, references[number])
-        self._settle(batch, len(drawn.groups))
+            batch.groups[record.ordinal] = ScoredGroup(record, rollouts, scores, reference)
+        self._settle(batch, len(drawing.groups))
 
     async def _train(self) -> list[asyncio.Task]:
         """Train on one batch after the other and bring the new weights to the workers.
@@ -224,7 +225,7 @@ class GrpoPipeline:
                     await self.trainer.save(self._boundary)
             if batch.step % self.config.observe.gallery_every == 0 or self.trainer.step == train.steps:
                 trailing.append(self._spawn(self._save_samples(batch, credited)))
-            self.trainer.log(metrics | self._metrics(batch, watch))
+            self.trainer.log(metrics | self._metrics(batch, credited, watch))
         return [*trailing, self._sending] if self._sending else []
 
     async def _send(self, manifest: Manifest) -> None:
@@ -263,17 +264,6 @@ class GrpoPipeline:
         for start in range(0, len(requests), per_call):
             self._work.put_nowait(Chunk(batch, tuple(requests[start : start + per_call])))
 
-    async def _ask_scorer(self, index: int, batch: Batch, drawn: DrawRecord, groups: list[ObjectRef]) -> ScoreRecord:
-        """Scores of one scorer; all of them missing, with the reason, where its actors are lost over and over."""
-        pool, section = self.scorers[index], self.config.reward[index]
-        try:
-            record = await pool.call("score", groups, timeout_s=section.timeout_s)
-        except RoleError as error:
-            record = missing_scores(drawn, str(error))
-        batch.watch.add("score", record.seconds / len(pool.replicas))
-        batch.count(section.name, record)
-        return record
-
     async def _ask_reference(self, batch: Batch, groups: list[ObjectRef]) -> list[ObjectRef | None]:
         """References to the reference policy's log-probs, one per group; None where no KL is asked."""
         if self.reference is None:
@@ -290,7 +280,6 @@ class GrpoPipeline:
         if batch.outstanding:
             return
         wanted = self.config.train.prompts_per_step
-        batch.check_scores(self.config.reward, self.config.credit.max_failed_share)
         if len(batch.groups) >= wanted:
             batch.ready.set()
         elif batch.drawn >= MOST_DRAWS * wanted:
@@ -318,7 +307,7 @@ class GrpoPipeline:
         members = [(group, member) for group in groups for member in range(len(group.scores))]
         credited = assign_credit(
             [group.record.outlines[member] for group, member in members],
-            [[score.value for score in group.scores[member]] for group, member in members],
+            [group.scores[member] for group, member in members],
             [group.record.ordinal for group, _ in members],
             self.config.credit,
             [()] * len(members) if self.reference is not None else None,
@@ -351,8 +340,9 @@ class GrpoPipeline:
             group, place = batch.in_order()[index], index * size + member
             advantages = tuple(credit.advantage for credit in credited.batch.items[place].credits)
             scores, trajectory = group.scores[member], group.record.outlines[member].trajectory
-            said = tuple(reflection_rewards(trajectory, [score.value for score in scores]))
-            samples.append(Sample(group.rollouts, member, scores, said, advantages))
+            said = tuple(reflection_rewards(trajectory, [score.match for score in scores]))
+            shown = tuple(s if s.final is None else replace(s, value=s.final) for s in scores)
+            samples.append(Sample(group.rollouts, member, shown, said, advantages))
         try:
             where = (self.config.run.dir, batch.step + 1)
             await self.rollout.call("save_samples", *where, samples, timeout_s=self.config.rollout.timeout_s)
@@ -370,10 +360,11 @@ class GrpoPipeline:
                 shares.append(Share(group.rollouts, credits, group.ref_logprobs))
         return shares
 
-    def _metrics(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
+    def _metrics(self, batch: Batch, credited: Credited, watch: Stopwatch) -> dict[str, float]:
         """What the driver knows of a step besides the learner's and the credit's numbers."""
         metrics = batch.metrics(self.config.reward) | self.decline.metrics()
-        for pool in (self.rollout, *self.scorers, self.reference, self.trainer.ranks):
+        metrics |= canary_correlations(self.config.reward, batch.in_order(), credited.rewards["trajectory"])
+        for pool in (self.rollout, *self.panel.pools, self.reference, self.trainer.ranks):
             if pool is not None:
                 metrics |= {f"idle/{pool.role}": pool.idle_share(), **pool.counts()}
         return metrics | watch.metrics()

@@ -1,64 +1,72 @@
-"""The reward actor: one scorer of the configuration, answering for the images of drawn groups."""
+"""The reward actor: one scorer of the configuration, answering requests for as long as the job runs."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
-import ray
 import torch
-from ray import ObjectRef
 
 from rlpipe.config import ScorerSection
-from rlpipe.reward.scorer import build_scorer, score_all
-from rlpipe.types import Rollout, Score, ScoreRequest
+from rlpipe.reward.scorer import build_scorer
+from rlpipe.reward.service import LONGEST_PAUSE_S, ScoreService
+from rlpipe.types import Prompt, ScoreRequest
+from roles.replica import ActorHangs
 from roles.rollout import actor_device
 from roles.work import ScoreRecord
 
 
 class RewardActor:
-    """Builds the scorer that its section names (registry name or import path) and fetches the pixels itself.
+    """Builds the scorer that its section names (registry name or import path) and answers several calls at once.
 
-    actor = ray.remote(RewardActor).remote(section)
-    record = await actor.score.remote([group_ref])       # record.scores[group][member][image]
+    actor = ray.remote(RewardActor).options(**calls_at_once(section)).remote(section)
+    record = await actor.score.remote(requests)             # a list of ScoreRequest, or a reference to one
     """
 
     def __init__(self, section: ScorerSection) -> None:
         torch.set_num_threads(section.threads)
         self.section = section
-        self.scorer = build_scorer(section, device=actor_device(section.num_gpus))
+        self.service = ScoreService(build_scorer(section, device=actor_device(section.num_gpus)), section)
 
     def ready(self) -> str:
         return self.section.name
 
-    def score(self, groups: list[ObjectRef]) -> ScoreRecord:
-        """Scores of every image of every rollout; what the scorer fails to give is missing, with the reason.
+    def check(self, prompts: Sequence[Prompt]) -> list[str]:
+        """One line for each prompt that the scorer cannot score."""
+        check = getattr(self.service.scorer, "check", None)
+        return [] if check is None else [f"reward[{self.section.name}]: {line}" for line in check(prompts)]
 
-        A scorer that raises is asked `retries` times more. Raises Ray's ObjectLostError if a group is gone.
+    def score(self, requests: Sequence[ScoreRequest]) -> ScoreRecord:
+        """One score per request, in order; what the scorer fails to give is missing, with the reason.
+
+        Raises ActorHangs where calls of the scorer that do not return leave no room for others.
         """
         started = time.monotonic()
-        fetched: list[tuple[Rollout, ...]] = ray.get(groups, timeout=self.section.timeout_s)
-        requests = [
-            ScoreRequest(f"{rollout.trajectory.id}/{number}", rollout.trajectory.prompt, image, rollout.source)
-            for group in fetched
-            for rollout in group
-            for number, image in enumerate(rollout.images)
-        ]
-        scores = iter(self._score(requests))
-        nested = tuple(tuple(tuple(next(scores) for _ in rollout.images) for rollout in group) for group in fetched)
-        return ScoreRecord(time.monotonic() - started, nested)
+        scores, counts = self.service.score(requests)
+        if self.service.stuck:
+            raise ActorHangs(f"the scorer has not returned within {self.section.timeout_s:g} s")
+        return ScoreRecord(time.monotonic() - started, tuple(scores), counts)
 
-    def score_images(self, requests: list[ScoreRequest]) -> list[Score]:
-        """Scores of images that are at hand, in order."""
-        return self._score(requests)
 
-    def _score(self, requests: list[ScoreRequest]) -> list[Score]:
-        """Ask again for what is missing: a scorer behind a network may fail once."""
-        scores = score_all(self.scorer, requests)
-        for _ in range(self.section.retries):
-            missing = [i for i, score in enumerate(scores) if score.missing]
-            if not missing:
-                break
-            again = score_all(self.scorer, [requests[i] for i in missing])
-            for i, score in zip(missing, again, strict=True):
-                scores[i] = score
-        return scores
+def slots(section: ScorerSection) -> int:
+    """Calls that one replica is sent at once: while its scorer is busy with some, the next one's pixels arrive and are
+    prepared."""
+    return section.concurrency + 1
+
+
+def calls_at_once(section: ScorerSection) -> dict[str, Any]:
+    """Ray's options of a reward actor: its slots, and a thread for whoever asks something else."""
+    return {"max_concurrency": slots(section) + 1}
+
+
+def longest_s(section: ScorerSection, count: int) -> float:
+    """Seconds in which `count` requests are answered or missing, though every replica's slot has as many to answer.
+
+    The service keeps the time of each call of its scorer; this is for an actor that keeps no time any more.
+    """
+    batches = math.ceil(count / section.batch_size)
+    in_turn = math.ceil(batches * slots(section) / section.concurrency)
+    pauses = sum(min(1.5 * section.backoff_s * 2**i, 1.5 * LONGEST_PAUSE_S) for i in range(section.retries))
+    return (1 + section.retries) * (in_turn + 1) * section.timeout_s + pauses

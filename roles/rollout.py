@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
 
-from rlpipe.config import Config
+from rlpipe.config import Config, ScorerSection
 from rlpipe.evaluate.editing import EditOutcome, evaluate_edits
 from rlpipe.evaluate.near_miss import near_miss_cases, near_miss_verdicts
 from rlpipe.evaluate.outcomes import Judge, evaluate_policy
 from rlpipe.evaluate.table import NearMiss, Outcome
-from rlpipe.learn.advantage import extend
+from rlpipe.learn.advantage import ACCEPTING, extend, final_image_of
 from rlpipe.observe.gallery import save_rollouts
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.policy.pixels import load_image
+from rlpipe.reward.combine import looks_at
 from rlpipe.rollout.decoder import Decoder
-from rlpipe.rollout.programs import draw_only, edit, introspect
+from rlpipe.rollout.programs import Rounds, draw_rounds, edit_rounds, introspect_rounds
 from rlpipe.types import Prompt, Rollout, Sampling, Score, ScoreRequest
 from rlpipe.world.checker import check
 from rlpipe.world.edits import check_edit
@@ -32,8 +34,10 @@ from roles.work import (
     DrawRecord,
     GroupRecord,
     GroupRequest,
+    ImagesRecord,
     Manifest,
     Sample,
+    image_id,
     outline,
     sampling_of,
     trajectory_seed,
@@ -50,7 +54,7 @@ class RolloutWorker:
 
     worker = ray.remote(RolloutWorker).remote(config, 0)
     ack = await worker.load_weights.remote(manifest)
-    record, group = worker.generate.options(num_returns=2).remote(ack.version, [request])
+    items = worker.generate.options(num_returns="streaming").remote(ack.version, [request])
     """
 
     def __init__(self, config: Config, index: int = 0) -> None:
@@ -72,8 +76,13 @@ class RolloutWorker:
         self.version = ack.version
         return ack
 
-    def generate(self, version: int, requests: list[GroupRequest]) -> tuple[DrawRecord, tuple[Rollout, ...]]:
-        """Draw groups; returns a DrawRecord, then one tuple of Rollout per request (call with num_returns).
+    def generate(self, version: int, requests: list[GroupRequest]) -> Iterator[Any]:
+        """Draw groups. A stream of pairs, an object for the store and then a record about it:
+
+        a list of ScoreRequest, ImagesRecord: images that can be scored, as soon as a round of drawing has finished
+                                              them, or at the end for scorers that need to know the end;
+        a tuple of Rollout, GroupRecord:      per request, in order;
+        None, DrawRecord:                     the last.
 
         Raises WeightError if the worker does not hold `version`.
         """
@@ -85,20 +94,77 @@ class RolloutWorker:
             ids += request.ids()
             seeds = [trajectory_seed(request.seed, request.ordinal, m) for m in range(request.size)]
             samplings += [sampling_of(self.config.rollout, seed) for seed in seeds]
-        rollouts = iter(self._draw(prompts, samplings, ids, version))
-        rule = self.config.credit.rule
-        groups = [tuple(extend([next(rollouts) for _ in range(r.size)], rule)) for r in requests]
-        records = tuple(_record(r.ordinal, version, group) for r, group in zip(requests, groups, strict=True))
-        return DrawRecord(self.index, time.monotonic() - started, records), *groups
+        sources = self._sources(prompts) if self.config.rollout.program == "edit" else [None] * len(prompts)
+        rows = list(zip(ids, prompts, sources, strict=True))
+        drawn = yield from self._ask_as_drawn(self._rounds(prompts, sources, samplings, ids, version), rows)
+        rollouts = iter(drawn)
+        groups = [tuple(extend([next(rollouts) for _ in range(r.size)], self.config.credit.rule)) for r in requests]
+        yield from self._ask_at_the_end([rollout for group in groups for rollout in group])
+        for request, group in zip(requests, groups, strict=True):
+            yield group
+            yield _record(request.ordinal, version, group)
+        yield None
+        yield DrawRecord(self.index, time.monotonic() - started)
 
-    def _draw(self, prompts: list[Prompt], samplings: list[Sampling], ids: list[str], version: int) -> list[Rollout]:
-        """The configured program; an edit reads the image that its prompt names."""
+    def _rounds(
+        self,
+        prompts: list[Prompt],
+        sources: list[np.ndarray | None],
+        samplings: list[Sampling],
+        ids: list[str],
+        version: int,
+    ) -> Rounds:
+        """The configured program; an edit starts from the image that its prompt names."""
         program = self.config.rollout.program
-        if program == "draw":
-            return draw_only(self.decoder, prompts, samplings, ids, version)
-        if program == "introspect":
-            return introspect(self.decoder, prompts, samplings, ids, version)
-        return edit(self.decoder, prompts, self._sources(prompts), samplings, ids, version)
+        if program == "edit":
+            return edit_rounds(self.decoder, prompts, sources, samplings, ids, version)
+        rounds = draw_rounds if program == "draw" else introspect_rounds
+        return rounds(self.decoder, prompts, samplings, ids, version)
+
+    def _ask_as_drawn(
+        self, rounds: Rounds, rows: list[tuple[str, Prompt, np.ndarray | None]]
+    ) -> Generator[Any, None, list[Rollout]]:
+        """Draw, and hand out each round's images for the scorers that need to know no more; returns the rollouts.
+
+        rows: id, prompt and source image of each.
+        """
+        sections, ending = self.config.reward, self.config.credit.rule in ACCEPTING
+        while True:
+            try:
+                finished = next(rounds)
+            except StopIteration as end:
+                return end.value
+            first = finished.number == 0
+            scorers = [i for i, s in enumerate(sections) if not waits_for_the_end(s) and looks_at(s, first, False)]
+            requests = []
+            for row, image, accepted in zip(finished.rows, finished.images, finished.accepted, strict=True):
+                trajectory_id, prompt, source = rows[row]
+                if not (accepted and ending):
+                    requests.append(ScoreRequest(image_id(trajectory_id, finished.number), prompt, image, source))
+            if scorers and requests:
+                yield requests
+                yield ImagesRecord(tuple(scorers), tuple(request.id for request in requests))
+
+    def _ask_at_the_end(self, rollouts: list[Rollout]) -> Iterator[Any]:
+        """Hand out the images for the scorers that see verdicts or final images alone."""
+        wanted: dict[tuple[str, ...], tuple[list[ScoreRequest], list[int]]] = {}
+        for place, section in enumerate(self.config.reward):
+            if waits_for_the_end(section):
+                requests = [r for rollout in rollouts for r in self._requests(rollout, section)]
+                same = wanted.setdefault(tuple(request.id for request in requests), (requests, []))
+                same[1].append(place)
+        for ids, (requests, scorers) in wanted.items():
+            yield requests
+            yield ImagesRecord(tuple(scorers), ids)
+
+    def _requests(self, rollout: Rollout, section: ScorerSection) -> Iterator[ScoreRequest]:
+        """Those of a finished rollout's images that a scorer looks at, with the words that were said of them."""
+        trajectory = rollout.trajectory
+        final = final_image_of(trajectory, self.config.credit.rule)
+        for number, image in enumerate(rollout.images):
+            if looks_at(section, number == 0, number == final):
+                words = rollout.texts[number] if number < len(rollout.texts) else None
+                yield ScoreRequest(image_id(trajectory.id, number), trajectory.prompt, image, rollout.source, words)
 
     def _sources(self, prompts: list[Prompt]) -> list[np.ndarray]:
         """The images that edits start from, each file read once."""
@@ -136,8 +202,8 @@ class RolloutWorker:
         """The scores of a RewardActor as a function."""
 
         def ask(requests: Sequence[ScoreRequest]) -> list[Score]:
-            answer = judge.score_images.remote(list(requests))
-            return ray.get(answer, timeout=self.config.rollout.timeout_s)
+            answer = judge.score.remote(list(requests))
+            return list(ray.get(answer, timeout=self.config.rollout.timeout_s).scores)
 
         return None if judge is None else ask
 
@@ -152,13 +218,18 @@ class RolloutWorker:
             rollouts.append(rollout)
             scores.append([next(of_images) if s.kind == "image" else next(of_texts) for s in segments])
             advantages.append(sample.advantages[: len(segments)])
-            texts.append([self.policy.templates.text(segments[i].token_ids) for i in rollout.trajectory.texts])
+            texts.append(list(rollout.texts[: len(rollout.trajectory.texts)]))
         save_rollouts(run_dir, step, rollouts, scores, advantages, texts)
 
     def _check(self, version: int) -> None:
         if version != self.version:
             held = "no version yet" if self.version is None else f"version {self.version}"
             raise WeightError(f"rollout[{self.index}]: asked to work with version {version}, holds {held}")
+
+
+def waits_for_the_end(section: ScorerSection) -> bool:
+    """Whether a scorer can be asked about an image only when its trajectory is finished."""
+    return "verdict" in section.sees or "final_image" in section.sees
 
 
 def drawn_part(rollout: Rollout) -> Rollout:

@@ -17,7 +17,8 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from roles.group import LOST, ActorPool, Replica, RoleError
+from roles.group import ActorPool, RoleError
+from roles.replica import LOST, Replica
 from roles.work import Ack, Manifest, Slot
 
 BUCKET_BYTES = 256 << 20
@@ -133,10 +134,12 @@ class WeightSync:
     async def send(self, manifest: Manifest) -> None:
         """Load a version on every worker; raises RoleError naming those that did not acknowledge in time."""
         self.manifest = manifest
-        results = await asyncio.gather(
-            *(self._bring_up(replica) for replica in self.pool.replicas), return_exceptions=True
-        )
-        failed = [(r.name, e) for r, e in zip(self.pool.replicas, results, strict=True) if e is not None]
+        replicas = list(self.pool.replicas)
+        results = await asyncio.gather(*map(self._bring_up, replicas), return_exceptions=True)
+        # The pool goes on without a replica that it has given up, as long as there is another.
+        left = self.pool.replicas
+        pairs = zip(replicas, results, strict=True)
+        failed = [(r.name, e) for r, e in pairs if e is not None and (r in left or not left)]
         if failed:
             names = ", ".join(name for name, _ in failed)
             cause = failed[0][1]

@@ -9,6 +9,7 @@ import numpy as np
 from ray import ObjectRef
 
 from rlpipe.config import RolloutSection
+from rlpipe.reward.service import ScoreCounts
 from rlpipe.types import Prompt, Rollout, Sampling, Score, Segment, SegmentCredit
 
 
@@ -27,7 +28,7 @@ class GroupRequest:
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """What the driver knows of a drawn group.
+    """What the driver knows of a drawn group; the object that comes with it is a tuple of Rollout.
 
     outlines:   per member its trajectory without tokens: prompt, kinds and lengths of segments, verdicts.
     num_images: per member the images that were drawn and are to be scored.
@@ -42,20 +43,32 @@ class GroupRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagesRecord:
+    """Finished images that can be scored; the object that comes with it is a list of ScoreRequest.
+
+    scorers: places in the configuration's `reward` of those that are to be asked.
+    ids:     of the requests, in order (see `image_id`).
+    """
+
+    scorers: tuple[int, ...]
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DrawRecord:
-    """What one call of a rollout worker did."""
+    """What one call of a rollout worker did; the last record of its stream."""
 
     worker: int
     seconds: float
-    groups: tuple[GroupRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRecord:
-    """Scores by group, member and image, in the order of the request."""
+    """Scores in the order of the requests, and what it took to get them."""
 
     seconds: float
-    scores: tuple[tuple[tuple[Score, ...], ...], ...]
+    scores: tuple[Score, ...]
+    counts: ScoreCounts = ScoreCounts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,11 @@ class Ack:
 
     version: int
     checksum: int
+
+
+def image_id(trajectory_id: str, number: int) -> str:
+    """The id of a request for the score of a trajectory's image."""
+    return f"{trajectory_id}/{number}"
 
 
 def trajectory_seed(seed: int, ordinal: int, member: int) -> int:

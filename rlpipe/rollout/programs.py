@@ -1,8 +1,14 @@
-"""What a trajectory is: draw an image, look at it, draw again; draw alone; edit an image; look at given images."""
+"""What a trajectory is: draw an image, look at it, draw again; draw alone; edit an image; look at given images.
+
+Each program that draws is a function over a generator that hands out the images as they are finished:
+
+    rollouts = introspect(decoder, prompts, samplings, ids)
+    rounds = introspect_rounds(decoder, prompts, samplings, ids)     # yields Round after Round, returns the rollouts
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
@@ -26,6 +32,31 @@ class Look(NamedTuple):
     reflection: str
 
 
+class Round(NamedTuple):
+    """The images that one round of drawing finished; round 0 draws the first image of every row.
+
+    rows:     numbers of the rows that were drawn for. images: uint8 [len(rows), H, W, 3].
+    accepted: whether an earlier image of the row was said to match; drawn nevertheless with `redraw: always`.
+    """
+
+    number: int
+    rows: tuple[int, ...]
+    images: np.ndarray
+    accepted: tuple[bool, ...]
+
+
+Rounds = Generator[Round, None, list[Rollout]]
+
+
+def finish(rounds: Rounds) -> list[Rollout]:
+    """The rollouts that a program ends with."""
+    while True:
+        try:
+            next(rounds)
+        except StopIteration as end:
+            return end.value
+
+
 @dataclass
 class _Story:
     """A rollout in the making."""
@@ -41,7 +72,6 @@ class _Story:
         self.truncated.append(truncated)
 
 
-@torch.inference_mode()
 def introspect(
     decoder: Decoder,
     prompts: Sequence[Prompt],
@@ -55,6 +85,18 @@ def introspect(
     allowed is not looked at, except that with `max_images` 1 a row ends with its reflection. What a row yields
     does not depend on the other rows, but for `reflection_room: group`, where rows of one prompt id share a room.
     """
+    return finish(introspect_rounds(decoder, prompts, samplings, ids, policy_version))
+
+
+@torch.inference_mode()
+def introspect_rounds(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    samplings: Sequence[Sampling],
+    ids: Sequence[str],
+    policy_version: int = 0,
+) -> Rounds:
+    """`introspect`, each round's images before they are looked at."""
     if not prompts:
         return []
     batch = _captioned(decoder, prompts, samplings, ids)
@@ -63,7 +105,8 @@ def introspect(
     rows = list(range(len(prompts)))
     drawn, images = _draw(batch)
     while True:
-        _tell(stories, rows, drawn, images)
+        pixels = _tell(stories, rows, drawn, images)
+        yield Round(batch.round, tuple(rows), pixels, tuple(any(stories[row].verdicts) for row in rows))
         if batch.round + 1 == max(sampling.max_images, 2):
             break
         reflections = batch.look(images)
@@ -95,6 +138,7 @@ def introspect(
                 truncated=tuple(story.truncated),
             ),
             tuple(story.pixels),
+            texts=tuple(batch.templates.text(s.token_ids) for s in story.segments if s.kind == "text"),
         )
         for row, story in enumerate(stories)
     ]
@@ -112,7 +156,6 @@ def _rooms(sampling: Sampling, groups: list[str], reflections: Reflections, eos:
     return [longest[group] for group in groups]
 
 
-@torch.inference_mode()
 def draw_only(
     decoder: Decoder,
     prompts: Sequence[Prompt],
@@ -121,17 +164,30 @@ def draw_only(
     policy_version: int = 0,
 ) -> list[Rollout]:
     """Without introspection: one image per row. Its tokens are those of `introspect`'s first image."""
+    return finish(draw_rounds(decoder, prompts, samplings, ids, policy_version))
+
+
+@torch.inference_mode()
+def draw_rounds(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    samplings: Sequence[Sampling],
+    ids: Sequence[str],
+    policy_version: int = 0,
+) -> Rounds:
+    """`draw_only`, its images in one round."""
     if not prompts:
         return []
     drawn, images = _draw(_captioned(decoder, prompts, samplings, ids))
+    pixels = images.cpu().numpy()
+    yield _only_round(pixels)
     trajectories = [
         Trajectory(ids[row], prompts[row], (segment,), samplings[row], policy_version)
         for row, segment in enumerate(_image_segments(drawn))
     ]
-    return [Rollout(one, (image,)) for one, image in zip(trajectories, images.cpu().numpy(), strict=True)]
+    return [Rollout(one, (image,)) for one, image in zip(trajectories, pixels, strict=True)]
 
 
-@torch.inference_mode()
 def edit(
     decoder: Decoder,
     prompts: Sequence[Prompt],
@@ -144,6 +200,19 @@ def edit(
 
     sources: uint8 [H, W, 3] of the policy's image size, one per row. Guidance blanks the instruction alone.
     """
+    return finish(edit_rounds(decoder, prompts, sources, samplings, ids, policy_version))
+
+
+@torch.inference_mode()
+def edit_rounds(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    sources: Sequence[np.ndarray],
+    samplings: Sequence[Sampling],
+    ids: Sequence[str],
+    policy_version: int = 0,
+) -> Rounds:
+    """`edit`, its images in one round."""
     if not prompts:
         return []
     if len(sources) != len(prompts):
@@ -158,8 +227,10 @@ def edit(
         framed.append(tuple([*start, *image, *end] for start, end in (plain, blank)))
     common = replace(_common_sampling(prompts, samplings, ids), max_images=1)
     drawn, images = _draw(Batch(decoder, framed, common, [s.seed for s in samplings]))
+    pixels = images.cpu().numpy()
+    yield _only_round(pixels)
     rollouts = []
-    for row, (segment, image) in enumerate(zip(_image_segments(drawn), images.cpu().numpy(), strict=True)):
+    for row, (segment, image) in enumerate(zip(_image_segments(drawn), pixels, strict=True)):
         trajectory = Trajectory(
             ids[row], prompts[row], (segment,), samplings[row], policy_version, source_codes=codes[row]
         )
@@ -217,11 +288,17 @@ def _draw(batch: Batch) -> tuple[Drawn, torch.Tensor]:
     return drawn, in_chunks(batch.policy.decode_codes, drawn.tokens)
 
 
-def _tell(stories: list[_Story], rows: list[int], drawn: Drawn, images: torch.Tensor) -> None:
-    """Add the newest image of the given rows to their stories."""
-    for row, segment, pixels in zip(rows, _image_segments(drawn), images.cpu().numpy(), strict=True):
+def _tell(stories: list[_Story], rows: list[int], drawn: Drawn, images: torch.Tensor) -> np.ndarray:
+    """Add the newest image of the given rows to their stories; their pixels, uint8 [len(rows), H, W, 3]."""
+    pixels = images.cpu().numpy()
+    for row, segment, image in zip(rows, _image_segments(drawn), pixels, strict=True):
         stories[row].segments.append(segment)
-        stories[row].pixels.append(pixels)
+        stories[row].pixels.append(image)
+    return pixels
+
+
+def _only_round(pixels: np.ndarray) -> Round:
+    return Round(0, tuple(range(len(pixels))), pixels, (False,) * len(pixels))
 
 
 def _image_segments(drawn: Drawn) -> list[Segment]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,24 @@ from rlpipe.learn.advantage import reference_items
 from rlpipe.learn.replay import segment_logprobs
 from rlpipe.observe.gallery import read_rollouts
 from rlpipe.policy.janus import JanusPolicy
-from rlpipe.types import Prompt, Rollout, Score, SegmentCredit
+from rlpipe.types import Prompt, Rollout, Score, ScoreRequest, SegmentCredit
 from rlpipe.world.models import build_judge
 from roles.learner import LearnerActor
 from roles.reference import ReferenceActor
 from roles.reward import RewardActor
 from roles.rollout import RolloutWorker
 from roles.weight_sync import publish
-from roles.work import GroupRequest, Sample, Share, split, trajectory_seed
+from roles.work import (
+    DrawRecord,
+    GroupRecord,
+    GroupRequest,
+    ImagesRecord,
+    Sample,
+    Share,
+    image_id,
+    split,
+    trajectory_seed,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -44,15 +55,25 @@ def worker_with_weights(config) -> RolloutWorker:
     return worker
 
 
-def draw(config, *texts: str) -> tuple:
-    return worker_with_weights(config).generate(0, requests(*texts))
+def generate(worker: RolloutWorker, wanted: list[GroupRequest]) -> list[tuple[Any, Any]]:
+    """The records that a worker sends, each with its object."""
+    items = worker.generate(0, wanted)
+    return [(next(items), thing) for thing in items]
+
+
+def groups_of(worker: RolloutWorker, wanted: list[GroupRequest]) -> list[tuple[Rollout, ...]]:
+    return [thing for record, thing in generate(worker, wanted) if isinstance(record, GroupRecord)]
+
+
+def draw(config, *texts: str) -> list[tuple[Rollout, ...]]:
+    return groups_of(worker_with_weights(config), requests(*texts))
 
 
 def test_a_group_does_not_depend_on_the_groups_it_is_drawn_with(config) -> None:
     worker = worker_with_weights(config)
     both = requests("a photo of two red circles", "a photo of three blue circles and a square")
-    _, first, second = worker.generate(0, both)
-    _, alone = worker.generate(0, both[1:])
+    first, second = groups_of(worker, both)
+    (alone,) = groups_of(worker, both[1:])
     for a, b in zip(second, alone, strict=True):
         assert a.trajectory.id == b.trajectory.id
         for x, y in zip(a.trajectory.segments, b.trajectory.segments, strict=True):
@@ -61,8 +82,8 @@ def test_a_group_does_not_depend_on_the_groups_it_is_drawn_with(config) -> None:
 
 
 def test_the_record_of_a_drawn_group_has_its_shape_and_no_tokens(config) -> None:
-    record, group = draw(config, "a photo of two red circles")
-    about = record.groups[0]
+    (*_, (about, group), (last, nothing)) = generate(worker_with_weights(config), requests("two red circles"))
+    assert isinstance(last, DrawRecord) and nothing is None
     assert about.ordinal == 10 and about.policy_version == 0
     assert about.num_images == tuple(len(rollout.images) for rollout in group)
     for outline, rollout in zip(about.outlines, group, strict=True):
@@ -86,17 +107,89 @@ def test_the_split_over_ranks_covers_every_item_once_and_evenly() -> None:
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def flat(record) -> list[Score]:
-    return [score for group in record.scores for member in group for score in member]
+def asked(worker: RolloutWorker, size: int = 6) -> list[tuple[ImagesRecord, list[ScoreRequest]]]:
+    pairs = generate(worker, requests("a photo of two red circles", size=size))
+    return [(record, things) for record, things in pairs if isinstance(record, ImagesRecord)]
 
 
-def test_a_reward_actor_answers_for_every_image_by_group_and_member(config) -> None:
-    _, group = draw(config, "a photo of two red circles")
-    record = RewardActor(config.reward[0]).score([ray.put(group)])
-    assert [len(member) for member in record.scores[0]] == [len(rollout.images) for rollout in group]
-    for rollout, member in zip(group, record.scores[0], strict=True):
-        expected = [image[..., 0].mean() / 255 for image in rollout.images]
-        assert [score.value for score in member] == pytest.approx(expected)
+def test_the_images_of_a_round_are_handed_out_before_anything_is_said_of_them(config) -> None:
+    worker = worker_with_weights(config)
+    looks = []
+    extend, worker.decoder.extend = worker.decoder.extend, lambda *a, **k: looks.append(1) or extend(*a, **k)
+    items = worker.generate(0, requests("a photo of two red circles", size=6))
+    first, record = next(items), next(items)
+    before = len(looks)
+    assert record == ImagesRecord((0,), tuple(f"10-{member}/0" for member in range(6)))
+    rest = list(items)
+    assert len(looks) > before, "it looks and draws again after that"
+    (group,) = [thing for thing, about in zip(rest[::2], rest[1::2], strict=True) if isinstance(about, GroupRecord)]
+    for request, rollout in zip(first, group, strict=True):
+        assert np.array_equal(request.image, rollout.images[0]) and request.prompt == rollout.trajectory.prompt
+
+
+def test_every_image_of_every_rollout_is_asked_about_once(config) -> None:
+    worker = worker_with_weights(config)
+    (group,) = groups_of(worker, requests("a photo of two red circles", size=6))
+    images = {image_id(r.trajectory.id, i): image for r in group for i, image in enumerate(r.images)}
+    asked_about = [request for _, things in asked(worker) for request in things]
+    assert sorted(request.id for request in asked_about) == sorted(images)
+    assert all(np.array_equal(request.image, images[request.id]) for request in asked_about)
+    assert {len(r.images) for r in group} == {1, 2}, "some are drawn again"
+
+
+def test_each_scorer_is_asked_about_the_images_it_sees(config) -> None:
+    every, first = (
+        replace(config.reward[0], name="every"),
+        replace(config.reward[0], name="first", sees=["first_image"]),
+    )
+    final, words = (
+        replace(first, name="final", sees=["final_image"]),
+        replace(first, name="words", sees=["every_image", "verdict"]),
+    )
+    config.reward = [every, first, final, words]
+    worker = worker_with_weights(config)
+    (group,) = groups_of(worker, requests("a photo of two red circles", size=6))
+    number = {image_id(r.trajectory.id, i): (r, i) for r in group for i in range(len(r.images))}
+    by_scorer: dict[int, list[ScoreRequest]] = {}
+    for record, things in asked(worker):
+        assert record.ids == tuple(request.id for request in things)
+        for scorer in record.scorers:
+            by_scorer.setdefault(scorer, []).extend(things)
+    of = {place: sorted(request.id for request in things) for place, things in by_scorer.items()}
+    assert of[0] == of[3] == sorted(number)
+    assert of[1] == sorted(name for name, (_, i) in number.items() if i == 0)
+    assert of[2] == sorted(name for name, (r, i) in number.items() if i == len(r.images) - 1)
+    for request in by_scorer[3]:
+        rollout, i = number[request.id]
+        assert request.verdict == (rollout.texts[i] if i < len(rollout.texts) else None)
+        if i < len(rollout.texts):
+            assert request.verdict.startswith("Yes" if rollout.trajectory.verdicts[i] else "No")
+
+
+def test_what_was_drawn_behind_an_accepted_image_is_not_scored_where_it_is_left_out(config) -> None:
+    config.rollout.redraw = "always"
+    worker = worker_with_weights(config)
+    (group,) = groups_of(worker, requests("a photo of two red circles", size=6))
+    assert {len(r.images) for r in group} == {1, 2}
+    ids = [name for record, _ in asked(worker) for name in record.ids]
+    assert sorted(ids) == sorted(image_id(r.trajectory.id, i) for r in group for i in range(len(r.images)))
+
+
+def score_requests(config, text: str) -> list[ScoreRequest]:
+    (group,) = draw(config, text)
+    return [
+        ScoreRequest(image_id(r.trajectory.id, i), r.trajectory.prompt, image)
+        for r in group
+        for i, image in enumerate(r.images)
+    ]
+
+
+def test_a_reward_actor_answers_in_order(config) -> None:
+    wanted = score_requests(config, "a photo of two red circles")
+    record = RewardActor(config.reward[0]).score(wanted)
+    assert [score.id for score in record.scores] == [request.id for request in wanted]
+    assert [s.value for s in record.scores] == pytest.approx([r.image[..., 0].mean() / 255 for r in wanted])
+    assert record.counts.requests == len(wanted) and record.counts.missing == 0
 
 
 @pytest.mark.parametrize(
@@ -108,25 +201,31 @@ def test_a_reward_actor_answers_for_every_image_by_group_and_member(config) -> N
     ],
 )
 def test_what_a_scorer_fails_to_give_is_missing_with_the_reason(config, scorer, prompt, reason) -> None:
-    _, group = draw(config, prompt)
-    section = ScorerSection(scorer=f"role_scorers:{scorer}", path=None, retries=1)
-    scores = flat(RewardActor(section).score([ray.put(group)]))
-    assert all(score.missing and reason in score.error for score in scores)
+    section = ScorerSection(scorer=f"role_scorers:{scorer}", path=None, retries=1, backoff_s=0.0)
+    record = RewardActor(section).score(score_requests(config, prompt))
+    assert all(score.missing and reason in score.error for score in record.scores)
+    assert record.counts.missing == len(record.scores) and record.counts.retries == 1
+
+
+def test_a_reward_actor_names_the_prompts_that_its_scorer_cannot_score() -> None:
+    prompts = [Prompt("a", "two red circles"), Prompt("b", "an unscorable circle")]
+    actor = RewardActor(ScorerSection(name="red", scorer="role_scorers:Red", path=None))
+    assert actor.check(prompts) == ["reward[red]: prompt b: no red in this world"]
+    assert RewardActor(ScorerSection(scorer="role_scorers:Raises", path=None)).check(prompts) == []
 
 
 def test_the_tiny_judge_scores_drawn_images_as_probabilities(config, tmp_path: Path) -> None:
     model, tokenizer = build_judge(0, hidden=32, layers=1, intermediate=64, vision_layers=1)
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
-    _, group = draw(config, "a photo of two red circles")
+    wanted = score_requests(config, "a photo of two red circles")
     section = ScorerSection(scorer="internvl", path=str(tmp_path / "judge"), threads=1)
-    values = [score.value for score in flat(RewardActor(section).score([ray.put(group)]))]
-    assert len(values) == sum(len(rollout.images) for rollout in group)
-    assert all(0 < value < 1 for value in values)
+    values = [score.value for score in RewardActor(section).score(wanted).scores]
+    assert len(values) == len(wanted) and all(0 < value < 1 for value in values)
 
 
 def test_the_reference_at_the_policys_own_weights_repeats_the_samplers_logprobs(config) -> None:
-    _, *groups = draw(config, "a photo of two red circles", "a photo of a blue square")
+    groups = draw(config, "a photo of two red circles", "a photo of a blue square")
     _, *logprobs = ReferenceActor(config).logprobs([ray.put(group) for group in groups])
     for group, members in zip(groups, logprobs, strict=True):
         for rollout, arrays in zip(group, members, strict=True):
@@ -137,7 +236,7 @@ def test_the_reference_at_the_policys_own_weights_repeats_the_samplers_logprobs(
 def test_a_reference_with_the_policys_context_embeds_it_with_the_weights_it_was_sent(config) -> None:
     config.reference.context, config.loss.verdict = "policy", "full"
     worker = worker_with_weights(config)
-    _, group = worker.generate(0, requests("a photo of two red circles"))
+    (group,) = groups_of(worker, requests("a photo of two red circles"))
     actor, groups = ReferenceActor(config), [ray.put(group)]
     before = actor.logprobs(groups)[1]
     with torch.no_grad():
@@ -156,14 +255,15 @@ def test_a_reference_with_the_policys_context_embeds_it_with_the_weights_it_was_
 
 def test_a_worker_runs_the_program_that_is_configured(config, tmp_path: Path) -> None:
     config.credit.rule, config.rollout.program = "single", "draw"
-    record, group = worker_with_weights(config).generate(0, requests("a photo of two red circles"))
+    (*_, (record, group), _) = generate(worker_with_weights(config), requests("a photo of two red circles"))
     assert all(len(rollout.trajectory.segments) == 1 for rollout in group)
-    assert record.groups[0].num_images == (1, 1, 1) and record.groups[0].truncated == 0
+    assert record.num_images == (1, 1, 1) and record.truncated == 0
     config.rollout.program = "edit"
     source = np.full((60, 48, 3), 200, np.uint8)
     Image.fromarray(source).save(tmp_path / "source.png")
     prompt = Prompt("e", "a red circle", source_image=str(tmp_path / "source.png"))
-    _, edited = worker_with_weights(config).generate(0, [GroupRequest(0, prompt, 2, seed=1)])
+    (_, asked_about), (_, edited), _ = generate(worker_with_weights(config), [GroupRequest(0, prompt, 2, seed=1)])
+    assert all(np.array_equal(request.source, source[:48]) for request in asked_about)
     for rollout in edited:
         assert np.array_equal(rollout.source, source[:48]) and rollout.trajectory.source_codes is not None
 
@@ -178,7 +278,7 @@ def shares_of(group: tuple[Rollout, ...]) -> list[Share]:
 
 
 def test_a_learner_assembles_its_share_steps_publishes_and_resumes(config, tmp_path: Path) -> None:
-    _, group = draw(config, "a photo of two red circles")
+    (group,) = draw(config, "a photo of two red circles")
     learner = LearnerActor(config)
     learner.start("")
     learner.assemble(shares_of(group))
@@ -210,7 +310,7 @@ def test_a_learner_assembles_its_share_steps_publishes_and_resumes(config, tmp_p
 def test_saved_samples_show_what_was_drawn_without_what_a_rule_added(config) -> None:
     config.credit.rule = "v2"
     worker = worker_with_weights(config)
-    _, group = worker.generate(0, requests("a photo of two red circles", size=8))
+    (group,) = groups_of(worker, requests("a photo of two red circles", size=8))
     assert any(len(r.trajectory.segments) == 3 and len(r.images) == 1 for r in group)
     ref = ray.put(group)
     samples = [

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
+from ray import ObjectRef
 
 from roles.group import ActorPool, RoleError
 from tests.roles.death import kill
@@ -22,7 +25,7 @@ def worker_class():
         def __init__(self, index: int, fails: bool = False) -> None:
             if fails:
                 raise ValueError("policy.path: no such folder")
-            self.index, self.served, self.greeting = index, 0, ""
+            self.index, self.served, self.greeting, self.under_way = index, 0, "", 0
 
         def ready(self) -> int:
             return os.getpid()
@@ -53,12 +56,34 @@ def worker_class():
         def refuse(self) -> None:
             raise KeyError("bad input")
 
+        def overlap(self, seconds: float) -> int:
+            """The calls that were under way when this one began, itself included."""
+            self.under_way += 1
+            seen = self.under_way
+            time.sleep(seconds)
+            self.under_way -= 1
+            return seen
+
+        def count_to(self, last: int, marker: str = "", end: str = "") -> Iterator[Any]:
+            """Pairs (text, number); at the second it ends as asked, unless the marker file is there already."""
+            for number in range(last):
+                if number == 1 and end and not os.path.exists(marker):
+                    open(marker, "w").close()
+                    {"die": self.die, "refuse": self.refuse, "sleep": lambda: time.sleep(30)}[end]()
+                yield f"object {number}"
+                yield number
+
     return Worker
 
 
 def pool_of(size: int = 1, fails: bool = False, **options) -> ActorPool:
-    actor = ray.remote(worker_class()).options(num_cpus=0.1)
+    actor = ray.remote(worker_class()).options(num_cpus=0.1, max_concurrency=options.get("slots", 0) + 1)
     return ActorPool("worker", lambda index: actor.remote(index, fails), size, **options)
+
+
+def counts_of(pool: ActorPool) -> tuple[int, int, int]:
+    counts = pool.counts()
+    return tuple(counts[f"failures/worker/{name}"] for name in ("restarts", "retries", "given_up"))
 
 
 def run(scenario) -> None:
@@ -70,7 +95,7 @@ def test_a_call_that_loses_its_actor_is_sent_once_more_and_counted(tmp_path) -> 
         pool = pool_of()
         await pool.start()
         assert await pool.call("die_once", str(tmp_path / "marker"), timeout_s=30) == "survived"
-        assert pool.counts() == {"failures/worker/restarts": 1, "failures/worker/retries": 1}
+        assert counts_of(pool) == (1, 1, 0)
         pool.close()
 
     run(scenario)
@@ -107,7 +132,7 @@ def test_errors_of_the_actors_own_code_come_through_without_a_retry() -> None:
         await pool.start()
         with pytest.raises(KeyError, match="bad input"):
             await pool.call("refuse", timeout_s=30)
-        assert pool.counts() == {"failures/worker/restarts": 0, "failures/worker/retries": 0}
+        assert counts_of(pool) == (0, 0, 0)
         pool.close()
 
     run(scenario)
@@ -185,6 +210,126 @@ def test_the_idle_share_is_the_part_of_the_time_without_a_call() -> None:
         await pool.call("sleep", 0.3, timeout_s=30)
         await asyncio.sleep(0.3)
         assert 0.3 < pool.idle_share() < 0.7
+        pool.close()
+
+    run(scenario)
+
+
+def test_a_replica_with_slots_does_that_many_calls_at_once_and_no_more() -> None:
+    async def scenario() -> None:
+        pool = pool_of(2, slots=2)
+        await pool.start()
+        overlaps = await asyncio.gather(*(pool.call("overlap", 0.1, timeout_s=30) for _ in range(12)))
+        assert max(overlaps) == 2
+        assert [replica.free for replica in pool.replicas] == [2, 2]
+        pool.close()
+
+    run(scenario)
+
+
+def test_all_calls_of_a_dead_replica_are_asked_again_and_its_slots_come_back_once() -> None:
+    async def scenario() -> None:
+        pool = pool_of(2, slots=3)
+        await pool.start()
+        calls = [asyncio.ensure_future(pool.call("overlap", 1.0, timeout_s=30)) for _ in range(10)]
+        await asyncio.sleep(0.3)
+        await kill(pool.replicas[0].handle)
+        assert len(await asyncio.gather(*calls)) == 10 and max(call.result() for call in calls) <= 3
+        await pool.revive(pool.replicas[0])
+        assert [replica.free for replica in pool.replicas] == [3, 3]
+        assert counts_of(pool) == (1, 3, 0)
+        overlaps = await asyncio.gather(*(pool.call("overlap", 0.1, timeout_s=30) for _ in range(12)))
+        assert max(overlaps) <= 3
+        pool.close()
+
+    run(scenario)
+
+
+def test_cancelled_calls_give_their_slots_back() -> None:
+    async def scenario() -> None:
+        pool = pool_of(slots=2)
+        await pool.start()
+        calls = [asyncio.ensure_future(pool.call("sleep", 0.2, timeout_s=30)) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert pool.replicas[0].free == 2
+        assert await pool.call("add", 1, 2, timeout_s=30) == (3, "")
+        pool.close()
+
+    run(scenario)
+
+
+def test_a_pool_goes_on_with_the_replicas_that_are_left_and_breaks_without_any() -> None:
+    async def scenario() -> None:
+        pool = pool_of(2, failures=0)
+        await pool.start()
+        for left in (1, 0):
+            await kill(pool.replicas[0].handle)
+            if left:
+                answers = await asyncio.gather(*(pool.call("add", 1, timeout_s=30) for _ in range(4)))
+                assert answers == [(1, "")] * 4
+            else:
+                with pytest.raises(RoleError, match=r"worker\[1\]: 1 losses in a row; last: ActorDiedError"):
+                    await pool.call("add", 1, timeout_s=30)
+            assert len(pool.replicas) == left
+        with pytest.raises(RoleError, match=r"worker\[1\]: 1 losses in a row"):
+            await pool.call("add", 1, timeout_s=30)
+        assert counts_of(pool) == (2, 2, 2)
+        pool.close()
+
+    run(scenario)
+
+
+def follow(pool: ActorPool, *args: Any, timeout_s: float = 30) -> tuple[Any, list[list[tuple[int, ObjectRef]]]]:
+    """The awaitable of a stream, and what came by attempt."""
+    attempts: list[list[tuple[int, ObjectRef]]] = []
+
+    def begin():
+        attempts.append([])
+        return lambda record, reference: attempts[-1].append((record, reference))
+
+    return pool.stream("count_to", *args, timeout_s=timeout_s, begin=begin), attempts
+
+
+def test_a_stream_hands_on_each_record_with_a_reference_as_they_come() -> None:
+    async def scenario() -> None:
+        pool = pool_of()
+        await pool.start()
+        stream, attempts = follow(pool, 3)
+        await stream
+        assert [[record for record, _ in attempt] for attempt in attempts] == [[0, 1, 2]]
+        assert [await reference for _, reference in attempts[0]] == ["object 0", "object 1", "object 2"]
+        assert pool.replicas[0].free == 1
+        pool.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("end", "timeout_s"), [("die", 30), ("sleep", 2.0)])
+def test_a_stream_that_is_lost_midway_starts_again_on_another_actor(tmp_path, end, timeout_s) -> None:
+    async def scenario() -> None:
+        pool = pool_of()
+        await pool.start()
+        stream, attempts = follow(pool, 3, str(tmp_path / "marker"), end, timeout_s=timeout_s)
+        await stream
+        assert [[record for record, _ in attempt] for attempt in attempts] == [[0], [0, 1, 2]]
+        assert counts_of(pool) == (1, 1, 0)
+        pool.close()
+
+    run(scenario)
+
+
+def test_an_error_of_the_actors_own_code_ends_a_stream(tmp_path) -> None:
+    async def scenario() -> None:
+        pool = pool_of()
+        await pool.start()
+        stream, attempts = follow(pool, 3, str(tmp_path / "marker"), "refuse")
+        with pytest.raises(KeyError, match="bad input"):
+            await stream
+        assert [[record for record, _ in attempt] for attempt in attempts] == [[0]]
+        assert counts_of(pool) == (0, 0, 0) and pool.replicas[0].free == 1
         pool.close()
 
     run(scenario)

@@ -105,16 +105,16 @@ def trained_parts(policy: JanusPolicy, noise: float) -> dict[str, torch.Tensor]:
 
 def test_a_worker_serves_nothing_before_its_first_version_and_only_the_one_it_holds(worker) -> None:
     with pytest.raises(WeightError, match="holds no version"):
-        worker.generate(0, [request()])
+        next(worker.generate(0, [request()]))
     manifest = publish(trained_parts(worker.policy, 0.0), 4)
     assert worker.load_weights(manifest) == Ack(4, manifest.checksum)
-    worker.generate(4, [request()])
+    next(worker.generate(4, [request()]))
     with pytest.raises(WeightError, match="asked to work with version 5, holds version 4"):
-        worker.generate(5, [request()])
+        next(worker.generate(5, [request()]))
     with pytest.raises(WeightError, match="checksum"):
         worker.load_weights(replace(manifest, checksum=1))
     with pytest.raises(WeightError, match="holds no version"):
-        worker.generate(4, [request()])
+        next(worker.generate(4, [request()]))
 
 
 def test_new_weights_change_what_a_worker_draws_and_old_ones_bring_it_back(worker) -> None:
@@ -122,7 +122,7 @@ def test_new_weights_change_what_a_worker_draws_and_old_ones_bring_it_back(worke
 
     def draw(manifest) -> np.ndarray:
         worker.load_weights(manifest)
-        _, group = worker.generate(manifest.version, [request()])
+        *_, group, _, _, _ = worker.generate(manifest.version, [request()])
         return np.stack([rollout.trajectory.segments[0].logprobs for rollout in group])
 
     original = draw(first)
@@ -150,9 +150,9 @@ def holder_class():
     return Holder
 
 
-def holders(broken: bool = False, size: int = 2) -> ActorPool:
+def holders(broken: bool = False, size: int = 2, **options) -> ActorPool:
     actor = ray.remote(holder_class()).options(num_cpus=0.1)
-    return ActorPool("rollout", lambda index: actor.remote(broken), size)
+    return ActorPool("rollout", lambda index: actor.remote(broken), size, **options)
 
 
 def test_every_worker_acknowledges_and_one_that_died_gets_the_weights_before_any_work() -> None:
@@ -181,6 +181,22 @@ def test_a_worker_that_acknowledges_something_else_is_named() -> None:
         with pytest.raises(RoleError, match=r"no acknowledgement from rollout\[0\]"):
             await sync.send(publish(some_weights(), 1))
         assert sync.version == -1
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_worker_that_is_given_up_is_not_waited_for_as_long_as_there_is_another() -> None:
+    async def scenario() -> None:
+        pool = holders(failures=0)
+        sync = WeightSync(pool, 30)
+        await pool.start()
+        await kill(pool.replicas[0].handle)
+        await sync.send(publish(some_weights(), 1))
+        assert [replica.name for replica in pool.replicas] == ["rollout[1]"] and sync.version == 1
+        await kill(pool.replicas[0].handle)
+        with pytest.raises(RoleError, match=r"no acknowledgement from rollout\[1\]; .*1 losses in a row"):
+            await sync.send(publish(some_weights(), 2))
         pool.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
