@@ -54,6 +54,10 @@ def save_rollouts(
     for rollout, names in zip(rollouts, files, strict=True):
         for name, pixels in zip(names, rollout.images, strict=True):
             Image.fromarray(pixels).save(partial / name)
+    for row, rollout in enumerate(rollouts):
+        if rollout.source is not None:
+            records[row]["source"] = f"{row:03d}_source.png"
+            Image.fromarray(rollout.source).save(partial / records[row]["source"])
     lines = (json.dumps(record) + "\n" for record in records)
     (partial / RECORDS_FILE).write_text("".join(lines), encoding="utf-8")
     if folder.exists():

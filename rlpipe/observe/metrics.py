@@ -26,6 +26,8 @@ METRICS = {
     "mismatch/mean_abs": "mean |sampler - learner| log-prob",
     "time/": "seconds of the phase in this step",
     "idle/": "share of the step in which the role waited",
+    "canary/": "a judge that is never trained on: its mean score, and its correlation with the reward in a step",
+    "cached/": "share of a scorer's requests that an equal one had been computed for",
     "failures/": "scores that are missing, groups that were dropped",
 }
 """Names (or prefixes, ending in "/") and what they say; the report shows these words."""

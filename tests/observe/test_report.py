@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rlpipe.config import ObserveSection
+from rlpipe.evaluate.editing import EditOutcome, summarise_edits
 from rlpipe.evaluate.table import Measured, NearMiss, Outcome, summarise
 from rlpipe.observe.gallery import discard_rollouts, read_rollouts, save_rollouts, trajectory_strip
 from rlpipe.observe.report import write_report
@@ -153,6 +155,25 @@ def test_the_page_shows_results_curves_and_cards(tmp_path: Path) -> None:
     assert all(piece in words for piece in shown)
     assert "40 steps · 1.3 minutes of training · 30 held-out prompts · 1.0 minutes in all" in words
     assert "damaged line" not in words
+
+
+def test_a_run_of_edits_shows_its_table_and_what_each_edit_started_from(tmp_path: Path) -> None:
+    before = [EditOutcome(str(i), "recolor", i % 2 == 0, i % 5 != 0, 0.9, 0.9) for i in range(20)]
+    after = [EditOutcome(str(i), "recolor", i % 4 != 0, True, 0.9, 0.9) for i in range(20)]
+    (tmp_path / "summary.json").write_text(json.dumps(summarise_edits({"sft": before, "rl": after})))
+    edited = rollout(True, "edit", 200)
+    edited = replace(
+        edited,
+        trajectory=replace(edited.trajectory, segments=edited.trajectory.segments[:1], verdicts=(), truncated=()),
+        source=np.full((48, 48, 3), 7, np.uint8),
+    )
+    save_rollouts(tmp_path, 5, [edited], [[0.7]], [[0.5]], [[]])
+    path = write_report(tmp_path)
+    page = Page(path.read_text())
+    words = " ".join(page.words)
+    assert all(piece in words for piece in ("RL: following", "75.0", "+25.0", "judge on preserving", "By kind of edit"))
+    images = [reference for reference in page.references if reference.endswith(".png")]
+    assert len(images) == 2 and (np.asarray(Image.open(path.parent / images[0])) == 7).all()
 
 
 def test_damaged_lines_and_missing_files_are_said_and_survived(tmp_path: Path) -> None:
