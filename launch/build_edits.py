@@ -47,7 +47,7 @@ class Build:
         judge, tokenizer = load_judge(ASSETS / "judge")
         tokenizer = extend_vocabulary(judge, tokenizer, question_texts())
         trainer = EditJudgeTrainer(judge, tokenizer, [(EditPool.load(self.work / "edited.npz"), 1.0)])
-        trainer.train("judge", steps=800, lr=1e-3, batch=40)
+        trainer.train("judge", steps=2400, lr=1e-3, batch=40)
         trainer.save(self.work / "judge_rendered")
 
     def sft(self) -> None:
@@ -65,11 +65,13 @@ class Build:
     def judge_drawn(self) -> None:
         """The judge of edits, on what the policy draws."""
         pools = [(EditPool.load(self.work / "drawn.npz"), 0.65), (EditPool.load(self.work / "edited.npz"), 0.35)]
-        trainer = EditJudgeTrainer(*load_judge(self.work / "judge_rendered"), pools, seed=8)
-        trainer.train("judge drawn", steps=500, lr=8e-4, batch=40)
+        # Whether an instruction is followed is now the harder question: the policy's mistakes are smaller than ours.
+        shares = {"following": 0.5, "preserving": 0.5}
+        trainer = EditJudgeTrainer(*load_judge(self.work / "judge_rendered"), pools, seed=8, shares=shares)
+        trainer.train("judge drawn", steps=1000, lr=8e-4, batch=40)
+        trainer.save(self.work / "judge")
         for name in ("edited_test", "drawn_test"):
             trainer.test_edits(name, EditPool.load(self.work / f"{name}.npz"), BAR)
-        trainer.save(self.work / "judge")
 
 
 def main() -> None:

@@ -25,12 +25,13 @@ def trainer(pool) -> EditJudgeTrainer:
     return EditJudgeTrainer(judge, extend_vocabulary(judge, tokenizer, question_texts()), [(pool, 1.0)])
 
 
-def test_a_batch_has_both_questions_and_both_answers_equally_and_two_images_a_row(trainer):
-    questions, answers, images, truth = trainer._batch(16)
-    assert len(questions) == len(answers) == len(truth) == 16 and len(images) == 32
-    for words in ("Does the edited image follow the editing instructions?", "remain consistent with the original"):
-        assert sum(words in question[-1] for question in questions) == 8
-    assert truth.tolist() == ([True] * 4 + [False] * 4) * 2
+def test_a_batch_has_both_questions_in_their_shares_both_answers_equally_and_two_images_a_row(trainer):
+    questions, answers, images, truth = trainer._batch(40)
+    assert len(questions) == len(answers) == len(truth) == 40 and len(images) == 80
+    asked = {"Does the edited image follow the editing instructions?": 14, "remain consistent with the original": 26}
+    for words, count in asked.items():
+        assert sum(words in question[-1] for question in questions) == count
+    assert truth.tolist() == [True] * 7 + [False] * 7 + [True] * 13 + [False] * 13
     first = {tuple(answer[:1]) for answer, true in zip(answers, truth, strict=True) if true}
     assert first == {tuple(trainer.format.tokenizer.encode("yes", add_special_tokens=False))}
 
@@ -53,8 +54,8 @@ def test_training_moves_the_language_model_and_not_the_tower_and_the_result_is_a
     case = pool.cases[0]
     request = ScoreRequest("", Prompt("", case.edit.text), pool.images[case.index], pool.sources[case.index])
     parts = EditingJudge(tmp_path).score([request])[0].parts
-    for name, part in parts.items():
-        assert part == pytest.approx(float(trainer.p_yes(name, pool, [case])[0]), abs=0.02)  # saved as bfloat16
+    for name in ("following", "preserving"):
+        assert parts[name] == pytest.approx(float(trainer.p_yes(name, pool, [case])[0]), abs=0.02)  # saved as bfloat16
 
 
 def test_the_loss_of_answers_and_comparison_falls_on_one_batch(trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from rlpipe.world.models import VQ_BLOCK
 from rlpipe.world.render import render
 
 QUESTIONS = {"following": FOLLOWING, "preserving": PRESERVING}
+SHARES = {"following": 0.35, "preserving": 0.65}
+"""Of a batch; whether the rest of an image stayed as it was is the slower to learn."""
 NUM_COLORS = 12
 """Numbers that tell a block's colours: red, green and blue of its four quarters."""
 DIFFERENT = 0.5
@@ -74,10 +77,17 @@ class EditJudgeTrainer(JudgeTrainer):
     edited image, half-way up the language model, also has to tell the colours of the same block of the source and
     whether it differs; the head that says so is dropped afterwards.
 
-    pools: (pool, share of a batch).
+    pools:  (pool, share of a batch). shares: of a batch, by question.
     """
 
-    def __init__(self, judge, tokenizer, pools: list[tuple[EditPool, float]], seed: int = 7) -> None:
+    def __init__(
+        self,
+        judge,
+        tokenizer,
+        pools: list[tuple[EditPool, float]],
+        seed: int = 7,
+        shares: Mapping[str, float] = SHARES,
+    ) -> None:
         super().__init__(judge, tokenizer, [], seed)
         layers = judge.model.language_model.layers
         torch.manual_seed(seed)
@@ -88,7 +98,7 @@ class EditJudgeTrainer(JudgeTrainer):
         for pool, share in pools:
             for name in QUESTIONS:
                 cases = {t: [c for c in pool.cases if getattr(c.verdict, name) == t] for t in (True, False)}
-                self.groups.append((pool, cases, share / len(QUESTIONS)))
+                self.groups.append((pool, cases, share * shares[name]))
                 self.asked.append(name)
 
     def _batch(self, size: int) -> tuple[list[tuple[str, ...]], list[list[int]], np.ndarray, torch.Tensor]:
