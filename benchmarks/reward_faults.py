@@ -3,7 +3,8 @@
 slow:  seconds a step with a judge whose calls take one second longer (`concurrency` 8), against the same judge without
        the delay, both asynchronous (max_staleness 1); pairs of runs in turn, median of all steps but the first three.
 flaky: a whole run in which a fifth of all calls fail at random, against one without: rewards of the last steps,
-       and failures that the judge made against those that the run counted.
+       and failures that the judge made against those that the run counted. `--baseline` names the folder of a finished
+       run without failures, which is then not made again.
 dead:  a run in which every call fails: its exit status, its error, its checkpoint.
 
 Every run is `launch/grpo.py` with configs/tiny_grpo.yaml. Overrides are handed on.
@@ -35,9 +36,13 @@ def train(folder: Path, overrides: list[str], check: bool = True) -> tuple[list[
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if check and done.returncode:
         raise SystemExit(f"reward_faults: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return rows_of(folder), done
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, if there is one."""
     metrics = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return rows, done
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
 
 
 def slow(folder: Path, repeats: int, steps: int, overrides: list[str]) -> dict:
@@ -64,26 +69,30 @@ def slow(folder: Path, repeats: int, steps: int, overrides: list[str]) -> dict:
     return {"step_s": medians, "ratio": ratio, "steps": {f"{d:g}": len(found) for d, found in seconds.items()}}
 
 
-def flaky(folder: Path, share: float, last: int, overrides: list[str]) -> dict:
+def flaky(folder: Path, share: float, last: int, baseline: Path | None, overrides: list[str]) -> dict:
     """Rewards with and without failing calls, and the failures as made and as counted."""
     log = folder / "failed_calls.jsonl"
     judge = "reward.0.scorer=benchmarks.faulty:FlakyJudge"
     result: dict = {"share": share, "last_steps": last}
     for name, failing in (("without", 0.0), ("with", share)):
-        options = f"reward.0.options={{share: {failing}, log: {log}}}"
-        rows, _ = train(folder / f"flaky_{name}", [judge, options, "reward.0.batch_size=32", *overrides])
-        ended = (folder / f"flaky_{name}" / "metrics.jsonl").stat().st_mtime
+        run = folder / f"flaky_{name}"
+        if baseline is not None and not failing:
+            run, rows = baseline, rows_of(baseline)
+        else:
+            options = f"reward.0.options={{share: {failing}, log: {log}}}"
+            rows, _ = train(run, [judge, options, "reward.0.batch_size=32", *overrides])
+        ended = (run / "metrics.jsonl").stat().st_mtime
         rewards = np.array([row["reward/trajectory/mean"] for row in rows[-last:]])
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        summary = json.loads((folder / f"flaky_{name}" / "summary.json").read_text())
+        summary = json.loads((run / "summary.json").read_text())
         result[name] = {
             "steps": len(rows),
             "reward": float(rewards.mean()),
             "reward_standard_error": float(rewards.std(ddof=1) / len(rewards) ** 0.5),
             "accuracy_with_introspection": summary["table"]["rl"]["with"]["accuracy"],
             "failed_calls_made": sum(line["time"] <= ended for line in lines),
-            "failed_calls_counted": sum(row["failures/judge/attempts"] for row in rows),
-            "missing_scores": sum(row["failures/judge/missing"] for row in rows),
+            "failed_calls_counted": sum(row.get("failures/judge/attempts", 0) for row in rows),
+            "missing_scores": sum(row.get("failures/judge/missing", 0) for row in rows),
             "groups_drawn_again": sum(row["failures/groups"] for row in rows),
         }
         print(json.dumps({name: result[name]}), flush=True)
@@ -111,6 +120,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs of part slow")
     parser.add_argument("--steps", type=int, default=14, help="steps of each run of part slow")
     parser.add_argument("--share", type=float, default=0.2, help="of calls that fail in part flaky")
+    parser.add_argument("--baseline", type=Path, help="run folder without failures, for part flaky")
     parser.add_argument("--last", type=int, default=40, help="steps at the end whose rewards are compared")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
@@ -123,7 +133,7 @@ def main() -> None:
     if "dead" in arguments.parts:
         found["dead"] = dead(folder, arguments.overrides)
     if "flaky" in arguments.parts:
-        found["flaky"] = flaky(folder, arguments.share, arguments.last, arguments.overrides)
+        found["flaky"] = flaky(folder, arguments.share, arguments.last, arguments.baseline, arguments.overrides)
     if arguments.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         about = {
