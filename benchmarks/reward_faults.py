@@ -25,6 +25,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
+SPANS = ("first", "reflection", "final")
+"""Rewards whose sum is a trajectory's under credit rule v1."""
 
 
 def train(folder: Path, overrides: list[str], check: bool = True) -> tuple[list[dict], subprocess.CompletedProcess]:
@@ -82,7 +84,7 @@ def flaky(folder: Path, share: float, last: int, baseline: Path | None, override
             options = f"reward.0.options={{share: {failing}, log: {log}}}"
             rows, _ = train(run, [judge, options, "reward.0.batch_size=32", *overrides])
         ended = (run / "metrics.jsonl").stat().st_mtime
-        rewards = np.array([row["reward/trajectory/mean"] for row in rows[-last:]])
+        rewards = np.array([sum(row[f"reward/{span}/mean"] for span in SPANS) for row in rows[-last:]])
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
         summary = json.loads((run / "summary.json").read_text())
         result[name] = {
