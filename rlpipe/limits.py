@@ -10,6 +10,12 @@ CHOICES = {
     "rollout.reflection_room": ("fixed", "exact", "group"),
     "credit.rule": ("v1", "v2", "v3", "summed", "segments", "single"),
     "credit.std": ("sample", "population", "none"),
+    "credit.baseline": ("mean", "leave_one_out"),
+    "credit.weighting": ("rule", "segment", "sequence", "token", "constant"),
+    "loss.ratio": ("token", "segment", "sequence"),
+    "loss.correction": ("clipped", "truncated", "masked", "none"),
+    "loss.kl": ("k1", "k2", "k3"),
+    "loss.entropy.mode": ("none", "bonus", "adaptive"),
     "loss.context": ("live", "constant"),
     "reference.context": ("own", "policy"),
     "loss.logits": ("guided", "scaled", "conditional"),
@@ -48,10 +54,16 @@ AT_LEAST = {
     "reward.*.cache": 0,
     "credit.failed_window": 1,
     "credit.std_eps": 0,
+    "credit.redraws": 0,
+    "credit.redraw_spread": 0,
     "credit.first_weight": 0,
     "credit.reflection_weight": 0,
     "credit.final_weight": 0,
     "loss.kl_beta": 0,
+    "loss.correction_cap": 1,
+    "loss.entropy.weight": 0,
+    "loss.entropy.image_target": 0,
+    "loss.entropy.text_target": 0,
     "reference.replicas": 1,
     "reference.num_cpus": 0,
     "reference.num_gpus": 0,
@@ -115,6 +127,9 @@ ABOVE_ZERO = {
     "rollout.timeout_s",
     "reward.*.timeout_s",
     "loss.clip",
+    "loss.clip_high",
+    "loss.entropy.weight_lr",
+    "loss.entropy.max_weight",
     "loss.max_mismatch",
     "decline.lr_factor",
     "decline.kl_factor",
@@ -146,3 +161,5 @@ REWARDS = ("generation", "comprehension")
 IMAGES_SEEN = ("every_image", "first_image", "final_image")
 ALSO_SEEN = ("verdict", "source_image")
 """What reward.*.rewards and reward.*.sees may name; of the images exactly one kind."""
+REWARD_NAMES = ("first", "reflection", "final", "trajectory", "generation", "comprehension")
+"""Metrics reward/<name>/* that are no scorer's."""

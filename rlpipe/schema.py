@@ -162,6 +162,16 @@ class CreditSection:
     """Standard deviation of a group: sample (n - 1, official), population (n), none (advantage is reward - mean)."""
     std_eps: float = 1e-4
     """Added to the group's standard deviation (official 1e-4)."""
+    baseline: str = "mean"
+    """What a reward is compared with: the group's mean (official), or leave_one_out, the mean of the others (RLOO)."""
+    weighting: str = "rule"
+    """Mean that the loss is: that of credit.rule, or over spans (segment), trajectories (sequence), all tokens of the
+    batch (token, DAPO), or token sums over a constant length (constant, Dr. GRPO). See docs/algorithms.md."""
+    redraws: int = 0
+    """Groups whose rewards are all equal are replaced by those of further prompts (dynamic sampling, DAPO): at most so
+    many for each of train.prompts_per_step; what is equal after that is kept."""
+    redraw_spread: float = 1e-6
+    """Rewards of a group that differ by no more count as equal."""
     first_weight: float = 1.0
     reflection_weight: float = 1.0
     final_weight: float = 1.0
@@ -176,13 +186,40 @@ class CreditSection:
 
 
 @dataclass
+class EntropySection:
+    mode: str = "none"
+    """none; bonus: `weight` times the entropy is subtracted from the loss; adaptive: each kind's weight is moved, up or
+    down, so that its entropy comes to its target (ReasonGen-R1)."""
+    weight: float = 0.0
+    image_target: float | None = None
+    text_target: float | None = None
+    """Of adaptive: nats per token (ReasonGen-R1: image 7.0, text 2.0); null leaves a kind alone."""
+    weight_lr: float = 5e-5
+    max_weight: float = 5e-3
+    """Of adaptive: how fast a weight moves, and the largest it may be."""
+
+
+@dataclass
 class LossSection:
     logits: str = "guided"
     """guided: the distribution that was sampled. scaled: guided logits / guidance (official). conditional: no
     guidance."""
     clip: float | None = 0.2
     """Range around 1 of the ratio to the sampler; null: no clipping (official editing)."""
+    clip_high: float | None = None
+    """The same above 1, where it is another than below (DAPO: 0.28 with clip 0.2)."""
+    ratio: str = "token"
+    """What has a ratio to the sampler of its own: a token, a segment or a whole trajectory (sequence); the last two are
+    geometric means over tokens (GSPO, there with clip 3e-4 and clip_high 4e-4)."""
+    correction: str = "clipped"
+    """What is done about samples of older weights: the ratio is clipped (PPO); or it is a mere weight of the gradient,
+    truncated at correction_cap, or masked, 0 outside 1 / correction_cap to correction_cap (both with the present policy
+    as the proximal one); none: nothing."""
+    correction_cap: float = 2.0
+    kl: str = "k3"
+    """Estimate of the KL to the reference: k1, k2, k3 (official)."""
     kl_beta: float = 0.04
+    entropy: EntropySection = field(default_factory=EntropySection)
     verdict: str = "restricted"
     """First reflection token: scored over {Yes, No} as it was sampled (restricted), or over the vocabulary
     (full, official)."""

@@ -197,15 +197,17 @@ class SegmentCredit:
     advantage: multiplies the policy gradient; already weighted, and summed where a rule credits a segment twice.
     kl:        weight of the KL term (2.0 where credit v1 counts an accepted first image twice).
     ce:        weight of the cross-entropy term (supervised examples).
+    entropy:   weight of the entropy term; 0 where none is asked.
     """
 
     advantage: float = 0.0
     kl: float = 0.0
     ce: float = 0.0
+    entropy: float = 0.0
 
     @property
     def trained(self) -> bool:
-        return self.advantage != 0.0 or self.kl != 0.0 or self.ce != 0.0
+        return self.advantage != 0.0 or self.kl != 0.0 or self.ce != 0.0 or self.entropy != 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlpipe.data.outputs import Results, generation_prompts, program_of, setting
 from rlpipe.data.prompts import PromptError, load_prompts
 from rlpipe.data.scored import score_problems
 from rlpipe.evaluate.judged import calibration_problems
-from rlpipe.limits import ABOVE_ZERO, ALSO_SEEN, AT_LEAST, CHOICES, IMAGES_SEEN, REWARDS, SHARES
+from rlpipe.limits import ABOVE_ZERO, ALSO_SEEN, AT_LEAST, CHOICES, IMAGES_SEEN, REWARD_NAMES, REWARDS, SHARES
 from rlpipe.paths import resolve_path
 from rlpipe.schema import Config, ScorerSection
 
@@ -52,6 +53,7 @@ def problems_of(config: Config, job: str = "grpo") -> list[str]:
     problems += _sampling_problems(config)
     if job == "grpo":
         problems += _credit_problems(config)
+        problems += _loss_problems(config)
     problems += _learner_problems(config)
     problems += _reward_problems(config, job)
     problems += _file_problems(config, job)
@@ -138,11 +140,42 @@ def _credit_problems(config: Config) -> Iterator[str]:
             yield f"credit.{name}: {getattr(config.credit, name):g} has no term under credit.rule {rule}; set it to 1"
     if config.credit.balance_verdicts and rule in ("summed", "single"):
         yield f"credit.balance_verdicts: true has no reflections of their own under credit.rule {rule}; set it to false"
+    if config.credit.baseline == "leave_one_out" and config.credit.std != "none":
+        yield (
+            f"credit.baseline: 'leave_one_out' with credit.std {config.credit.std!r} is the group's mean once more, "
+            "scaled by n / (n - 1); set credit.std=none, or credit.baseline=mean"
+        )
     if decline.action != "none" and config.loss.kl_beta == 0:
         yield (
             f"decline.action: {decline.action!r} works on the KL weight and the reference, and loss.kl_beta is 0; "
             "set it above 0, or decline.action=none"
         )
+
+
+def _loss_problems(config: Config) -> Iterator[str]:
+    """Of forms of the loss that do not go together."""
+    loss, entropy = config.loss, config.loss.entropy
+    if loss.clip_high is not None and (loss.clip is None or loss.correction != "clipped"):
+        off = "loss.clip null" if loss.clip is None else f"loss.correction {loss.correction}"
+        yield f"loss.clip_high: {loss.clip_high:g} has no effect with {off}; set loss.clip_high=null, or clip below too"
+    if loss.ratio != "token" and loss.logits != "guided" and config.rollout.guidance != 1.0:
+        yield (
+            f"loss.ratio: {loss.ratio!r} is taken to the sampler, and loss.logits {loss.logits!r} scores images under "
+            f"another distribution than was sampled at rollout.guidance {config.rollout.guidance:g}; set "
+            "loss.logits=guided, or loss.ratio=token"
+        )
+    targets = {k: getattr(entropy, k) for k in ("image_target", "text_target") if getattr(entropy, k) is not None}
+    if entropy.mode == "bonus" and not entropy.weight:
+        yield "loss.entropy.weight: 0 is no bonus; give a number above 0, or loss.entropy.mode=none"
+    if entropy.mode != "bonus" and entropy.weight:
+        yield f"loss.entropy.weight: {entropy.weight:g} has no effect in loss.entropy.mode {entropy.mode}; set it to 0"
+    if entropy.mode == "adaptive" and not targets:
+        yield "loss.entropy.image_target: adaptive has no target; give nats, e.g. image_target=7.0, text_target=2.0"
+    if entropy.mode != "adaptive":
+        for key, value in targets.items():
+            yield f"loss.entropy.{key}: {value:g} has no effect with loss.entropy.mode {entropy.mode}; set it to null"
+    if config.rollout.program != "introspect" and "text_target" in targets:
+        yield f"loss.entropy.text_target: rollout.program {config.rollout.program} has no reflections; set it to null"
 
 
 def _generate_problems(config: Config) -> Iterator[str]:
@@ -210,6 +243,8 @@ def _reward_problems(config: Config, job: str) -> Iterator[str]:
         key = f"reward.{i}"
         if not scorer.name or "/" in scorer.name or names.index(scorer.name) != i:
             yield f"{key}.name: {scorer.name!r} is empty, taken or has a slash; give another name"
+        if scorer.name in REWARD_NAMES or re.fullmatch(r"(image|reflection)_\d+", scorer.name):
+            yield f"{key}.name: reward/{scorer.name}/mean is another metric's name; give another name"
         if scorer.scorer not in SCORERS and ":" not in scorer.scorer:
             names_known = ", ".join(SCORERS)
             yield f"{key}.scorer: {scorer.scorer!r} is unknown; give {names_known} or package.module:Class"
@@ -273,6 +308,8 @@ def _resume_problems(config: Config) -> Iterator[str]:
     if config.resume != "auto" or not stored.is_file() or not (folder / "checkpoints").is_dir():
         return
     before, after = _defining(yaml.safe_load(stored.read_text())), _defining(asdict(config))
+    # A key that the stored run does not have was at what is its default.
+    before = _defining(asdict(Config())) | before
     changed = [f"{key} ({before.get(key)!r} -> {after[key]!r})" for key in after if before.get(key) != after[key]]
     if changed:
         yield (

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from ray import ObjectRef
 
-from rlpipe.config import ScorerSection
+from rlpipe.config import CreditSection, ScorerSection
+from rlpipe.learn.advantage import tells_nothing
 from rlpipe.reward.service import ScoreCounts
 from rlpipe.types import ImageScore
 from roles.trainer import Stopwatch
@@ -37,6 +38,7 @@ class Batch:
     requests:    by ordinal, the prompts that belong to the step (a dropped one no longer does).
     outstanding: groups that are under way.
     drawn, images, dropped, lost: groups and images asked for in all; groups without scores; draws that got lost.
+    equal:       groups replaced because their rewards were all equal.
     counts:      by scorer, what its scores took.
     """
 
@@ -48,6 +50,7 @@ class Batch:
     images: int = 0
     dropped: int = 0
     lost: int = 0
+    equal: int = 0
     counts: dict[str, ScoreCounts] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -55,6 +58,17 @@ class Batch:
 
     def in_order(self) -> list[ScoredGroup]:
         return [self.groups[ordinal] for ordinal in sorted(self.groups)]
+
+    def drop_equal(self, section: CreditSection, limit: int) -> None:
+        """Take out groups that tell nothing, in the order of their prompts, until `limit` have gone in all.
+
+        To be called when no group is under way: what goes then depends on the groups alone, not on their arrival.
+        """
+        for ordinal in sorted(self.groups) if limit > self.equal else ():
+            group = self.groups[ordinal]
+            if self.equal < limit and tells_nothing(group.record.outlines, group.scores, section):
+                del self.groups[ordinal], self.requests[ordinal]
+                self.equal += 1
 
     def count(self, scorer: str, record: ScoreRecord) -> None:
         """Take note of a scorer's answers, present and missing."""
@@ -71,6 +85,7 @@ class Batch:
             "failures/scores": float(sum(counts.missing for counts in self.counts.values())),
             "failures/groups": float(self.dropped),
             "failures/lost_draws": float(self.lost),
+            "rollout/equal_groups": float(self.equal),
         }
         for scorer, counts in self.counts.items():
             metrics[f"failures/{scorer}/missing"] = float(counts.missing)

@@ -94,6 +94,7 @@ class LearnerActor:
         fresh: bool,
         lr_scale: float = 1.0,
         kl_scale: float = 1.0,
+        entropy_weights: tuple[float, float] | None = None,
     ) -> dict[str, float]:
         """One optimiser step on the batch that was assembled; the metrics of all ranks together, and seconds.
 
@@ -101,7 +102,8 @@ class LearnerActor:
         """
         started = time.monotonic()
         items, self.items = self.items, []
-        metrics = self.learner.step(items, denominator, step, total_steps, fresh, lr_scale, kl_scale)
+        scales = (lr_scale, kl_scale, entropy_weights)
+        metrics = self.learner.step(items, denominator, step, total_steps, fresh, *scales)
         return {**metrics, "time/learn": time.monotonic() - started}
 
     def publish(self, version: int) -> Manifest | None:

@@ -28,6 +28,7 @@ from rlpipe.data.prompts import PromptCursor
 from rlpipe.learn.advantage import Credited, assign_credit, reflection_rewards
 from rlpipe.learn.checkpoint import CheckpointError
 from rlpipe.learn.decline import Decline, Reaction
+from rlpipe.learn.entropy import EntropyControl
 from rlpipe.reward.combine import usable
 from rlpipe.types import Prompt
 from roles.batch import Batch, Chunk, ScoredGroup, ScoresMissing, canary_correlations
@@ -68,6 +69,7 @@ class GrpoPipeline:
         if reference is not None and config.reference.context == "policy":
             self.syncs.append(WeightSync(reference, config.reference.timeout_s))
         self.decline = Decline(config.decline)
+        self.entropy = EntropyControl(config.loss.entropy)
         self.renewed: str | None = None
         self._batches: dict[int, Batch] = {}
         self._work: asyncio.Queue[Chunk] = asyncio.Queue()
@@ -94,18 +96,19 @@ class GrpoPipeline:
                 task.cancel()
 
     def _state(self) -> dict[str, Any]:
-        """For a checkpoint: the place in the stream of prompts, the prompts taken for steps not trained yet, and what
-        a declining reward curve has led to."""
+        """For a checkpoint: the place in the stream of prompts, the prompts taken for steps not trained yet, what a
+        declining reward curve has led to, and where the weights of entropies have come."""
         taken = {step: sorted(batch.requests) for step, batch in self._batches.items() if batch.requests}
         pending = {str(step): ordinals for step, ordinals in (self._pending | taken).items()}
-        decline = self.decline.state_dict()
-        return {"cursor": self.cursor.state(), "pending": pending, "decline": decline, "reference": self.renewed}
+        held = {"decline": self.decline.state_dict(), "entropy": self.entropy.state_dict(), "reference": self.renewed}
+        return {"cursor": self.cursor.state(), "pending": pending, **held}
 
     def _restore(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.cursor.restore(state["cursor"])
             self._pending = {int(step): list(ordinals) for step, ordinals in state["pending"].items()}
             self.decline.load_state_dict(state["decline"])
+            self.entropy.load_state_dict(state.get("entropy", {}))
             self.renewed = state["reference"]
             if self.renewed is not None and not Path(self.renewed).is_dir():
                 raise CheckpointError(f"reference: {self.renewed}, which the checkpoint goes on with, is gone")
@@ -184,7 +187,7 @@ class GrpoPipeline:
             return
         for (record, rollouts), reference, scores in zip(drawing.groups, references, scored, strict=True):
             batch.images += sum(record.num_images)
-            if sum(map(usable, scores)) < 2:
+            if sum(usable(self.config.reward, member) for member in scores) < 2:
                 # Nothing to compare: the group says nothing about which trajectory is better.
                 del batch.requests[record.ordinal]
                 batch.dropped += 1
@@ -210,6 +213,7 @@ class GrpoPipeline:
             if result is None:
                 continue
             metrics, credited = result
+            self.entropy.observe(metrics)
             reaction = self.decline.observe(self.trainer.step, metrics.get("reward/trajectory/mean", math.nan))
             del self._batches[batch.step]
             # Before workers get new weights: in synchronous training no prompt is under way at this point.
@@ -280,9 +284,10 @@ class GrpoPipeline:
         if batch.outstanding:
             return
         wanted = self.config.train.prompts_per_step
+        batch.drop_equal(self.config.credit, self.config.credit.redraws * wanted)
         if len(batch.groups) >= wanted:
             batch.ready.set()
-        elif batch.drawn >= MOST_DRAWS * wanted:
+        elif batch.drawn - batch.equal >= MOST_DRAWS * wanted:
             raise ScoresMissing(
                 f"step {batch.step + 1}: {batch.dropped} of {batch.drawn} groups had fewer than two scores; "
                 f"last reasons: {batch.reasons}"
@@ -312,6 +317,7 @@ class GrpoPipeline:
             self.config.credit,
             [()] * len(members) if self.reference is not None else None,
             self.config.loss.train_eos,
+            self.entropy.weights is not None,
         )
         shares = [self._share(groups, credited, part) for part in split(len(members), self.config.learner.ranks)]
         try:
@@ -321,9 +327,8 @@ class GrpoPipeline:
             batch.outstanding, batch.groups = len(batch.requests), {}
             self._draw_again(batch, list(batch.requests.values()), error)
             return None
-        metrics = await self.trainer.train(
-            credited.batch.denominator, max(staleness) == 0, self.decline.lr_scale, self.decline.kl_scale
-        )
+        scales = (self.decline.lr_scale, self.decline.kl_scale, self.entropy.weights)
+        metrics = await self.trainer.train(credited.batch.denominator, max(staleness) == 0, *scales)
         metrics |= credited.metrics | {
             "train/staleness": sum(staleness) / len(staleness),
             "train/staleness_max": float(max(staleness)),
@@ -362,7 +367,7 @@ class GrpoPipeline:
 
     def _metrics(self, batch: Batch, credited: Credited, watch: Stopwatch) -> dict[str, float]:
         """What the driver knows of a step besides the learner's and the credit's numbers."""
-        metrics = batch.metrics(self.config.reward) | self.decline.metrics()
+        metrics = batch.metrics(self.config.reward) | self.decline.metrics() | self.entropy.metrics()
         metrics |= canary_correlations(self.config.reward, batch.in_order(), credited.rewards["trajectory"])
         for pool in (self.rollout, *self.panel.pools, self.reference, self.trainer.ranks):
             if pool is not None:

@@ -106,11 +106,17 @@ class Trainer:
         await self._ask_all("assemble_items", [items], count)
 
     async def train(
-        self, denominator: float, fresh: bool = True, lr_scale: float = 1.0, kl_scale: float = 1.0
+        self,
+        denominator: float,
+        fresh: bool = True,
+        lr_scale: float = 1.0,
+        kl_scale: float = 1.0,
+        entropy_weights: tuple[float, float] | None = None,
     ) -> dict[str, float]:
         """One optimiser step on what was assembled. Raises LearnerError, weights untouched, if it is refused."""
         steps = self.config.train.steps
-        metrics = await self._ask_all("step", denominator, self.step, steps, fresh, lr_scale, kl_scale)
+        scales = (lr_scale, kl_scale, entropy_weights)
+        metrics = await self._ask_all("step", denominator, self.step, steps, fresh, *scales)
         self.step += 1
         return metrics[0]
 

@@ -151,6 +151,21 @@ def test_a_runnable_configuration_passes(empty, runnable):
         (["decline.action=react", "loss.kl_beta=0"], ["decline.action"]),
         (["decline.lr_factor=0", "decline.kl_factor=2"], ["decline.lr_factor", "decline.kl_factor"]),
         (["loss.clip=0"], ["loss.clip"]),
+        (["loss.clip=null", "loss.clip_high=0.28"], ["loss.clip_high"]),
+        (["loss.clip_high=0.28", "loss.correction=masked"], ["loss.clip_high"]),
+        (["loss.ratio=segment", "loss.logits=scaled", "rollout.guidance=2"], ["loss.ratio"]),
+        (
+            ["loss.ratio=trajectory", "loss.kl=k4", "loss.correction_cap=0.5"],
+            ["loss.ratio", "loss.correction_cap", "loss.kl"],
+        ),
+        (["credit.baseline=leave_one_out"], ["credit.baseline"]),
+        (["credit.weighting=tokens", "credit.redraws=-1"], ["credit.weighting", "credit.redraws"]),
+        (["loss.entropy.mode=bonus"], ["loss.entropy.weight"]),
+        (["loss.entropy.mode=adaptive"], ["loss.entropy.image_target"]),
+        (
+            ["loss.entropy.image_target=7", "loss.entropy.weight=0.1"],
+            ["loss.entropy.weight", "loss.entropy.image_target"],
+        ),
         (["credit.rule=v3", "rollout.redraw=always", "rollout.max_images=1"], ["rollout.max_images"]),
         (["loss.logits=scaled", "max_staleness=1", "rollout.guidance=2"], ["loss.logits"]),
         (["learner.schedule=linear_then_cosine", "learner.convert_lr=1e-4"], ["learner.convert_steps"]),
@@ -182,6 +197,11 @@ def test_every_problem_of_a_value_is_named_once(empty, runnable, overrides, fiel
         ["credit.rule=segments", "rollout.max_images=4"],
         ["credit.rule=single", "rollout.program=draw", "reward.0.weight=0.5"],
         ["loss.clip=null"],
+        ["loss.ratio=segment", "loss.clip=3e-4", "loss.clip_high=4e-4", "max_staleness=1"],
+        ["loss.correction=truncated", "max_staleness=2", "loss.kl=k2"],
+        ["credit.baseline=leave_one_out", "credit.std=none", "credit.weighting=token", "credit.redraws=2"],
+        ["loss.entropy.mode=adaptive", "loss.entropy.image_target=7.0"],
+        ["loss.entropy.mode=bonus", "loss.entropy.weight=0.01"],
         ["decline.action=react"],
         ["loss.logits=scaled", "rollout.guidance=2"],
         ["loss.logits=scaled", "max_staleness=1"],
@@ -265,6 +285,12 @@ def test_a_run_folder_is_not_resumed_under_other_settings(tmp_path):
     validate(load_config(None, [f"run.dir={run}", "train.steps=500", "rollout.threads=1"]))
     with pytest.raises(ConfigError, match=r"loss\.kl_beta \(0\.04 -> 0\.1\).*give another run\.dir"):
         validate(load_config(None, [f"run.dir={run}", "loss.kl_beta=0.1"]))
+    older = (run / "config.yaml").read_text().replace("  baseline: mean\n", "")
+    assert "baseline" not in older
+    (run / "config.yaml").write_text(older)
+    validate(load_config(None, [f"run.dir={run}"]))
+    with pytest.raises(ConfigError, match=r"credit\.baseline \('mean' -> 'leave_one_out'\)"):
+        validate(load_config(None, [f"run.dir={run}", "credit.baseline=leave_one_out", "credit.std=none"]))
 
 
 ROLES = {
@@ -275,6 +301,7 @@ ROLES = {
     "reward.0.rewards=[]": "reward.0.rewards: nothing, with weight 1",
     "reward.0.sees=[every_image,source_image]": "source_image is there with rollout.program=edit alone",
     "reward.0.canary=true": "reward.0.canary: true, but its weight 1 trains on it; set reward.0.weight=0",
+    "reward.0.name=final": "reward.0.name: reward/final/mean is another metric's name",
     "reward.0.rewards=[generation]": "no scorer with a weight has rewards comprehension",
     "reward.0.sees=[final_image]": "comprehension needs every image that is looked at, and judge sees final_image",
 }

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlpipe.learn.group import group_advantages, members_of, verdict_weights
+from rlpipe.learn.weighting import Part, Plan, num_trained, rounds, weigh
 from rlpipe.schema import CreditSection
 from rlpipe.types import ImageScore, Rollout, Segment, SegmentCredit, TrainBatch, TrainItem, Trajectory
 
@@ -154,11 +155,12 @@ def reference_items(rollouts: Sequence[Rollout]) -> list[TrainItem]:
 class Credited:
     """What `assign_credit` makes of a step's rollouts.
 
-    batch:      one item per rollout, in order; its denominator is the number of rollouts, for v1 to v3 times three.
+    batch:      one item per rollout, in order; its denominator is the number of rollouts, for v1 to v3 times three,
+                or that of `credit.weighting`.
     rewards:    by name, float64 [N], NaN where a score is missing or the trajectory has no such segment. Every rule
                 has `trajectory`, one number for all of it, and of `first`, `reflection`, `final` what there is.
     advantages: of the rewards that the rule compares, by name, float64 [N], NaN where there is none.
-    metrics:    reward/<name>/{mean,std} and failures/*.
+    metrics:    reward/<name>/{mean,std} and credit/*.
     """
 
     batch: TrainBatch
@@ -174,6 +176,7 @@ def assign_credit(
     section: CreditSection,
     references: References | None = None,
     train_eos: bool = True,
+    entropy: bool = False,
 ) -> Credited:
     """Credit the segments of rollouts that went through `extend`.
 
@@ -182,46 +185,38 @@ def assign_credit(
                 zero.
     groups:     per rollout the number of its group; rollouts of one group compete.
     references: per rollout the reference log-probs of its segments; without them no KL is asked.
-    train_eos:  whether end-of-sentence tokens are in the loss; `summed` counts tokens.
+    train_eos:  whether end-of-sentence tokens are in the loss, where tokens are counted.
+    entropy:    whether the loss has a term of entropies, weighted as the KL is.
     """
     if not len(rollouts) == len(scores) == len(groups):
         raise ValueError(f"credit: {len(rollouts)} rollouts, {len(scores)} rows of scores, {len(groups)} groups")
     trajectories = [rollout.trajectory for rollout in rollouts]
     rows = [Row.of(row) for row in scores]
     plan = RULES[section.rule](trajectories, rows, section, train_eos)
-    compared = dict.fromkeys(part.reward for parts in plan.parts for part in parts)
-    advantages = {n: group_advantages(plan.rewards[n], groups, section.std_eps, section.std) for n in compared}
+    settings = (section.std_eps, section.std, section.baseline)
+    advantages = {n: group_advantages(plan.rewards[n], groups, *settings) for n in plan.compared}
     if section.balance_verdicts:
         for name in (n for n in advantages if n.startswith("reflection")):
             image = int(name.partition("_")[2] or 1) - 1
             looked_at = [row.matches[image] if image < len(row.matches) else np.nan for row in rows]
             advantages[name] = advantages[name] * verdict_weights(np.array(looked_at))
+    weights, denominator = weigh(plan, trajectories, section.weighting, train_eos)
     items = []
     for index, (rollout, parts) in enumerate(zip(rollouts, plan.parts, strict=True)):
         own = {name: float(values[index]) for name, values in advantages.items()}
-        credits = _credits(len(rollout.trajectory.segments), parts, own, references is not None)
+        shared = (float(references is not None), float(entropy))
+        credits = _credits(len(rollout.trajectory.segments), parts, weights[index], own, shared)
         stored = tuple(references[index]) if references is not None else ()
         items.append(TrainItem(rollout.trajectory, rollout.images, credits, stored))
-    batch = TrainBatch(tuple(items), float(plan.terms * len(items)))
+    batch = TrainBatch(tuple(items), denominator)
     return Credited(batch, plan.rewards, advantages, _metrics(plan.rewards, advantages, groups, rows))
 
 
-@dataclass(frozen=True)
-class Part:
-    """A reward's claim on one segment: its advantage and its KL are added with this weight."""
-
-    segment: int
-    reward: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a rule makes of scores, before trajectories are compared; `terms` of each make its share of the loss."""
-
-    rewards: dict[str, np.ndarray]
-    parts: list[list[Part]]
-    terms: int = 1
+def tells_nothing(rollouts: Sequence[Rollout], scores: Sequence[Sequence[ImageScore]], section: CreditSection) -> bool:
+    """Whether no reward that the rule compares differs by more than `redraw_spread` within this group (DAPO 3.2)."""
+    plan = RULES[section.rule]([r.trajectory for r in rollouts], [Row.of(row) for row in scores], section, True)
+    present = [plan.rewards[name][~np.isnan(plan.rewards[name])] for name in plan.compared]
+    return all(not len(values) or np.ptp(values) <= section.redraw_spread for values in present)
 
 
 def _span_rule(finals: Callable[[Trajectory], FinalSpan]) -> Callable[..., Plan]:
@@ -251,9 +246,9 @@ def _summed(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: Cr
     rewards["trajectory"] = rewards["generation"] + rewards["comprehension"]
     parts = []
     for trajectory in trajectories:
-        counts = _num_trained(trajectory, train_eos)
-        parts.append([Part(i, "trajectory", count / sum(counts)) for i, count in enumerate(counts)])
-    return Plan(rewards, parts)
+        counts = num_trained(trajectory, train_eos)
+        parts.append([Part(i, "trajectory", 1.0, count / sum(counts)) for i, count in enumerate(counts)])
+    return Plan(rewards, parts, longest=rounds(trajectories))
 
 
 def summed_reward(trajectory: Trajectory, row: Row) -> tuple[float, float]:
@@ -262,15 +257,6 @@ def summed_reward(trajectory: Trajectory, row: Row) -> tuple[float, float]:
     generation = sum(row.values[:stop]) + (rounds - stop) * row.finals[stop]
     said = reflection_rewards(trajectory, row.matches)
     return generation, rounds * float(np.mean(said)) if said else 0.0
-
-
-def _num_trained(trajectory: Trajectory, train_eos: bool) -> list[int]:
-    """Tokens in the loss by segment; a reflection that was not cut off ends with an end-of-sentence token."""
-    counts = [len(segment) for segment in trajectory.segments]
-    if not train_eos:
-        for text, cut in zip(trajectory.texts, trajectory.truncated, strict=True):
-            counts[text] -= not cut
-    return counts
 
 
 def _segments(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: CreditSection, train_eos: bool) -> Plan:
@@ -289,10 +275,10 @@ def _segments(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: 
             values.append(next(of_images) if kind == "image" else next(of_texts))
             rewards.setdefault(name, np.full(len(trajectories), np.nan))[index] = values[-1]
             weight = section.final_weight if kind == "image" else section.reflection_weight
-            parts_of.append(Part(segment, name, weights.get(name, weight) / len(trajectory.segments)))
+            parts_of.append(Part(segment, name, weights.get(name, weight), 1.0 / len(trajectory.segments)))
         rewards["trajectory"][index] = np.mean(values)
         parts.append(parts_of)
-    return Plan(rewards, parts)
+    return Plan(rewards, parts, longest=rounds(trajectories))
 
 
 def _single(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: CreditSection, train_eos: bool) -> Plan:
@@ -304,7 +290,8 @@ def _single(trajectories: Sequence[Trajectory], rows: Sequence[Row], section: Cr
                 f"{len(trajectory.segments)} segments; set rollout.program=draw, or another credit.rule"
             )
     values = np.array([row.finals[0] for row in rows], np.float64)
-    return Plan({"final": values, "trajectory": values}, [[Part(0, "final", 1.0)] for _ in trajectories])
+    parts = [[Part(0, "final", 1.0)] for _ in trajectories]
+    return Plan({"final": values, "trajectory": values}, parts, longest=(1, 0))
 
 
 RULES: dict[str, Callable[..., Plan]] = {
@@ -338,14 +325,18 @@ def span_rewards(
 
 
 def _credits(
-    num_segments: int, parts: Sequence[Part], advantages: Mapping[str, float], with_kl: bool
+    num_segments: int,
+    parts: Sequence[Part],
+    weights: Sequence[float],
+    advantages: Mapping[str, float],
+    shared: tuple[float, float],
 ) -> tuple[SegmentCredit, ...]:
-    """Credits of the segments: each part adds its weighted advantage and its weight of KL to its segment."""
-    sums = np.zeros((num_segments, 2))
-    for part in parts:
+    """Credits of the segments: each part adds its weighted advantage, and its weight of KL and entropy (`shared`)."""
+    sums = np.zeros((num_segments, 3))
+    for part, weight in zip(parts, weights, strict=True):
         if not np.isnan(advantages[part.reward]):
-            sums[part.segment] += part.weight * np.array([advantages[part.reward], float(with_kl)])
-    return tuple(SegmentCredit(advantage=float(a), kl=float(kl)) for a, kl in sums)
+            sums[part.segment] += weight * np.array([advantages[part.reward], *shared])
+    return tuple(SegmentCredit(float(a), float(kl), entropy=float(entropy)) for a, kl, entropy in sums)
 
 
 def _metrics(
@@ -360,9 +351,9 @@ def _metrics(
         if spreads:
             metrics[f"reward/{name}/mean"] = float(np.nanmean(values))
             metrics[f"reward/{name}/std"] = float(np.mean(spreads))
-    metrics["failures/scores"] = float(sum(np.isnan(row.values).sum() for row in rows))
+    metrics["credit/images_without_reward"] = float(sum(np.isnan(row.values).sum() for row in rows))
     compared = ~np.isnan(np.stack(list(advantages.values()))).all(axis=0)
     groups = np.asarray(groups)
     lost = [group for group in set(groups.tolist()) if not compared[groups == group].any()]
-    metrics["failures/groups"] = float(len(lost))
+    metrics["credit/groups_without_comparison"] = float(len(lost))
     return metrics

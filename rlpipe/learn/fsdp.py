@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rlpipe.learn.layout import Replay, ReplayOptions, lay_out
-from rlpipe.learn.loss import policy_loss, token_terms
+from rlpipe.learn.loss import Variant, policy_loss, token_terms
 from rlpipe.learn.replay import replay_logprobs
 from rlpipe.learn.schedule import learning_rate
 from rlpipe.learn.stats import Stats
@@ -51,6 +51,7 @@ class FsdpLearner:
             raise ValueError(f"policy.dtype: {config.policy.dtype!r} is none of {', '.join(_DTYPES)}")
         self.dtype = _DTYPES[config.policy.dtype]
         self.options = ReplayOptions.from_config(config.loss)
+        self.variant = Variant.from_config(config.loss)
         self.policy = self._load_policy()
         if config.learner.activation_checkpointing:
             language_model = self.policy.part("language_model")
@@ -114,6 +115,7 @@ class FsdpLearner:
         fresh: bool = True,
         lr_scale: float = 1.0,
         kl_scale: float = 1.0,
+        entropy_weights: tuple[float, float] | None = None,
     ) -> dict[str, float]:
         """One optimiser step on this rank's share of a batch; the metrics are those of all ranks together.
 
@@ -121,6 +123,7 @@ class FsdpLearner:
         fresh:       all items were sampled by this very policy version. Where not, `mismatch/*` is measured on those
                      whose trajectory says so.
         lr_scale, kl_scale: of the scheduled learning rate and of loss.kl_beta.
+        entropy_weights: of the entropies of image and text in the loss; None: it has no such term.
 
         Raises LearnerError, with the weights untouched, if the loss or a gradient is not finite or the
         sampler's log-probs are further than loss.max_mismatch from the learner's.
@@ -128,7 +131,7 @@ class FsdpLearner:
         if not denominator > 0:
             raise ValueError(f"denominator: {denominator} is not positive; an empty batch cannot be trained on")
         self.optimizer.zero_grad(set_to_none=True)
-        stats = self._accumulate(items, denominator, fresh, kl_scale * self.config.loss.kl_beta)
+        stats = self._accumulate(items, denominator, fresh, kl_scale * self.config.loss.kl_beta, entropy_weights)
         for parameter in self.parameters.values():
             # A part that this batch did not use has gradient zero on one rank as on many.
             if parameter.grad is None:
@@ -151,23 +154,35 @@ class FsdpLearner:
         }
         return {**metrics, **own}
 
-    def _accumulate(self, items: Sequence[TrainItem], denominator: float, fresh: bool, kl_beta: float) -> Stats:
+    def _accumulate(
+        self,
+        items: Sequence[TrainItem],
+        denominator: float,
+        fresh: bool,
+        kl_beta: float,
+        entropy_weights: tuple[float, float] | None = None,
+    ) -> Stats:
         """Gradients of all micro-batches; returns the stats of all ranks."""
         section, loss_section = self.config.learner, self.config.loss
         # Items of similar length together: fewer passes, less padding. The loss is a sum over items.
         items = sorted(items, key=lambda item: -len(item.trajectory.segments))
         chunks = [items[i : i + section.micro_batch] for i in range(0, len(items), section.micro_batch)]
         replays = [lay_out(chunk, self.policy.templates, self.options) for chunk in chunks]
-        stats = Stats()
+        stats, with_entropy = Stats(), entropy_weights is not None
         for number, num_passes in enumerate(self._agree([len(replay.passes) for replay in replays])):
             chunk = chunks[number] if number < len(chunks) else []
             replay = replays[number] if number < len(chunks) else lay_out([], self.policy.templates, self.options)
             terms = token_terms(chunk, replay, loss_section.verdict_ce_share).to(self.device)
             with self._precision():
-                logprobs, anchor = self.policy(_anchored_logprobs, replay, num_passes, self.world_size > 1)
+                logprobs, entropies, anchor = self.policy(
+                    _anchored_logprobs, replay, num_passes, self.world_size > 1, with_entropy
+                )
             own = torch.tensor([fresh or i.trajectory.policy_version == self.policy_version for i in chunk])
             by_token = own[replay.item].to(self.device) if chunk else True
-            loss, micro = policy_loss(logprobs, terms, denominator, loss_section.clip, kl_beta, by_token)
+            term = (entropies, entropy_weights) if entropies is not None else ()
+            loss, micro = policy_loss(
+                logprobs, terms, denominator, loss_section.clip, kl_beta, by_token, self.variant, *term
+            )
             stats.merge([micro])
             # FSDP2 averages gradients over ranks; the denominator is global, so their sum is wanted.
             ((loss + anchor) * self.world_size).backward()
@@ -240,17 +255,17 @@ class FsdpLearner:
 
 
 def _anchored_logprobs(
-    policy: JanusPolicy, replay: Replay, num_passes: int, anchored: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of a replay, and a zero in whose graph every trained parameter takes part.
+    policy: JanusPolicy, replay: Replay, num_passes: int, anchored: bool, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Log-probs of a replay, entropies if asked, and a zero in whose graph every trained parameter takes part.
 
     Under FSDP2 all ranks must run the same forwards and reduce the same gradients: passes that this rank
     lacks are made up with a single token, and parameters that it does not use get gradient zero.
     """
-    logprobs, _ = replay_logprobs(policy, replay)
+    logprobs, entropies = replay_logprobs(policy, replay, entropy)
     anchor = logprobs.new_zeros(())
     if not anchored:
-        return logprobs, anchor
+        return logprobs, entropies, anchor
     bos = torch.tensor([[policy.templates.bos]], device=logprobs.device)
     for _ in range(num_passes - len(replay.passes)):
         anchor = anchor + 0.0 * policy.hidden(policy.embed_text(bos), torch.zeros_like(bos)).float().sum()
@@ -258,4 +273,4 @@ def _anchored_logprobs(
     for parameter in policy.parameters():
         if parameter.requires_grad and id(parameter) not in layers:
             anchor = anchor + 0.0 * parameter.flatten()[0].float()
-    return logprobs, anchor
+    return logprobs, entropies, anchor

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 
-def group_advantages(
-    rewards: np.ndarray, groups: Sequence[int], std_eps: float = 1e-4, std: str = "sample"
-) -> np.ndarray:
-    """(reward - mean) / (std + std_eps) within each group; float64 [N].
+def leave_one_out(values: np.ndarray) -> np.ndarray:
+    """What each reward is compared with in RLOO (Ahmadian et al. 2024): the mean of the others."""
+    return (values.sum() - values) / (len(values) - 1)
 
-    std: "sample" divides squares by n - 1 (official code), "population" by n, "none" leaves reward - mean as it is.
+
+BASELINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean": np.mean, "leave_one_out": leave_one_out}
+
+
+def group_advantages(
+    rewards: np.ndarray, groups: Sequence[int], std_eps: float = 1e-4, std: str = "sample", baseline: str = "mean"
+) -> np.ndarray:
+    """(reward - baseline) / (std + std_eps) within each group; float64 [N].
+
+    std:      "sample" divides squares by n - 1 (official code), "population" by n, "none" leaves reward - baseline as
+              it is (Dr. GRPO, RLOO).
+    baseline: "mean" of the group, or "leave_one_out".
 
     Statistics are those of the scores that are there. A missing score stays NaN, and so does the only score
     of a group, which has nothing to be compared with. A group of equal scores has advantage 0.
@@ -21,7 +31,7 @@ def group_advantages(
     for members, values in members_of(rewards, groups):
         if len(values) > 1:
             scale = 1.0 if std == "none" else values.std(ddof=int(std == "sample")) + std_eps
-            advantages[members] = (values - values.mean()) / scale
+            advantages[members] = (values - BASELINES[baseline](values)) / scale
     return advantages
 
 

@@ -1,21 +1,48 @@
-"""The one loss: clipped policy gradient, k3 KL to the reference and cross-entropy, over flat token tensors.
+"""The one loss: policy gradient, KL to the reference, entropy and cross-entropy, over flat token tensors.
 
 Each segment contributes the mean over its scored tokens times its credit's weights; the sum of all of them is
 divided by one global denominator that is passed in. So the result does not depend on micro-batches or ranks,
-and supervised training is the cross-entropy term alone (official GRPO loss; paper section 3.3).
+and supervised training is the cross-entropy term alone (official GRPO loss; paper section 3.3). The variants are
+named in `ratio.py`, `kl.py` and `weighting.py`; a `Variant` chooses among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
+from rlpipe.learn.kl import KL_ESTIMATES
+from rlpipe.learn.ratio import CORRECTIONS, RATIOS, Bounds, importance_ratio
 from rlpipe.learn.replay import Replay, ReplayOptions
 from rlpipe.learn.stats import Stats
+from rlpipe.schema import LossSection
 from rlpipe.types import TrainItem
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which form of the loss; fields as in the `loss` section of the configuration."""
+
+    clip_high: float | None = None
+    ratio: str = "token"
+    correction: str = "clipped"
+    correction_cap: float = 2.0
+    kl: str = "k3"
+
+    def __post_init__(self) -> None:
+        for name, known in (("ratio", RATIOS), ("correction", CORRECTIONS), ("kl", KL_ESTIMATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"loss.{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+
+    @classmethod
+    def from_config(cls, section: LossSection) -> Variant:
+        return cls(*(getattr(section, f.name) for f in fields(cls)))
+
+
+OFFICIAL = Variant()
 
 
 @dataclass(frozen=True)
@@ -25,9 +52,10 @@ class TokenTerms:
     behaviour: float32, the sampler's log-prob; NaN where nobody sampled the token, or where the replay scores it
                under another distribution (`scaled`, `conditional`, `full`): there the ratio is 1, as officially.
     reference: float32, the reference policy's log-prob; NaN where there is none.
-    advantage, kl, ce: float32, the segment's weights divided by its number of scored tokens
+    advantage, kl, ce, entropy: float32, the segment's weights divided by its number of scored tokens
                (`ce` of a text gives its first token the share `verdict_ce_share`).
     image:     bool, whether the token is an image token.
+    segment, sequence: int64, numbers of its segment and its trajectory, from 0 on within these tokens.
     """
 
     behaviour: torch.Tensor
@@ -35,7 +63,10 @@ class TokenTerms:
     advantage: torch.Tensor
     kl: torch.Tensor
     ce: torch.Tensor
+    entropy: torch.Tensor
     image: torch.Tensor
+    segment: torch.Tensor
+    sequence: torch.Tensor
 
     def to(self, device: torch.device) -> TokenTerms:
         return TokenTerms(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -47,15 +78,16 @@ def token_terms(items: Sequence[TrainItem], replay: Replay, verdict_ce_share: fl
     Raises ValueError, naming the trajectory, where a KL weight meets a segment without reference log-probs.
     """
     size = len(replay)
-    advantage, kl, ce = (np.zeros(size, np.float32) for _ in range(3))
+    advantage, kl, ce, entropy = (np.zeros(size, np.float32) for _ in range(4))
     behaviour, reference = (np.full(size, np.nan, np.float32) for _ in range(2))
-    image = np.zeros(size, bool)
-    for index, position, tokens, offsets in replay.by_segment():
+    image, number = np.zeros(size, bool), np.zeros(size, np.int64)
+    for count, (index, position, tokens, offsets) in enumerate(replay.by_segment()):
         item = items[index]
         segment, credit = item.trajectory.segments[position], item.credits[position]
-        image[tokens] = segment.kind == "image"
+        image[tokens], number[tokens] = segment.kind == "image", count
         advantage[tokens] = credit.advantage / len(tokens)
         kl[tokens] = credit.kl / len(tokens)
+        entropy[tokens] = credit.entropy / len(tokens)
         ce[tokens] = credit.ce * _ce_shares(len(tokens), segment.kind, verdict_ce_share)
         if segment.logprobs is not None:
             same = _sampled_as_scored(replay.options, item, segment.kind, offsets)
@@ -65,8 +97,8 @@ def token_terms(items: Sequence[TrainItem], replay: Replay, verdict_ce_share: fl
             reference[tokens] = stored[offsets]
         elif credit.kl:
             raise ValueError(f"trajectory {item.trajectory.id}: segment {position} has a KL weight, no reference")
-    arrays = (behaviour, reference, advantage, kl, ce, image)
-    return TokenTerms(*map(torch.from_numpy, arrays))
+    arrays = (behaviour, reference, advantage, kl, ce, entropy, image, number)
+    return TokenTerms(*map(torch.from_numpy, arrays), replay.item)
 
 
 def _sampled_as_scored(options: ReplayOptions, item: TrainItem, kind: str, offsets: np.ndarray) -> np.ndarray:
@@ -93,6 +125,9 @@ def policy_loss(
     clip: float | None = 0.2,
     kl_beta: float = 0.04,
     fresh: bool | torch.Tensor = True,
+    variant: Variant = OFFICIAL,
+    entropies: torch.Tensor | None = None,
+    entropy_weights: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[torch.Tensor, Stats]:
     """Loss of the scored tokens, a scalar, and its metrics.
 
@@ -100,58 +135,53 @@ def policy_loss(
     clip:     how far the ratio may be from 1 before it stops mattering; None switches clipping off.
     fresh:    the weights are those that sampled, for all tokens or bool [S]; only then is the gap to `behaviour` one
               of implementations.
+    entropies: float32 [S] with gradients, of the distributions that the tokens are scored under, in nats; None: the
+              loss has no such term. Its weights are of image and text; a negative one rewards entropy.
 
-    Per token: -min(ratio * A, clip(ratio) * A) + kl_beta * k3 and -ce * logprob, with
+    Per token, officially: -min(ratio * A, clip(ratio) * A) + kl_beta * k3 and -ce * logprob, with
     ratio = exp(logprob - behaviour) and k3 = exp(reference - logprob) - (reference - logprob) - 1.
     A token that nobody sampled (teacher-forced) has ratio 1 with the gradient of its log-prob (official).
     """
-    detached = logprobs.detach()
-    sampled = ~terms.behaviour.isnan()
-    ratio = torch.exp(logprobs - torch.where(sampled, terms.behaviour, detached))
-    surrogate = ratio * terms.advantage
-    if clip is not None:
-        surrogate = torch.minimum(surrogate, ratio.clamp(1 - clip, 1 + clip) * terms.advantage)
-    difference = torch.where(terms.reference.isnan(), detached, terms.reference) - logprobs
-    k3 = torch.exp(difference) - difference - 1.0
-    policy = -surrogate.sum() / denominator
-    kl = kl_beta * (terms.kl * k3).sum() / denominator
-    ce = -(terms.ce * logprobs).sum() / denominator
-    loss = policy + kl + ce
-    stats = _stats(policy, kl, ce, ratio.detach(), k3.detach(), detached, terms, clip, fresh)
-    return loss, stats
+    units = {"token": None, "segment": terms.segment, "sequence": terms.sequence}
+    ratio = importance_ratio(logprobs, terms.behaviour, units[variant.ratio])
+    bounds = Bounds(clip, variant.clip_high, variant.correction_cap)
+    surrogate, held_back = CORRECTIONS[variant.correction](logprobs, ratio, terms.advantage, bounds)
+    compared = torch.where(terms.reference.isnan(), logprobs.detach(), terms.reference)
+    divergence = KL_ESTIMATES[variant.kl](compared - logprobs)
+    parts = {
+        "policy": -surrogate.sum() / denominator,
+        "kl": kl_beta * (terms.kl * divergence).sum() / denominator,
+        "ce": -(terms.ce * logprobs).sum() / denominator,
+    }
+    if entropies is not None:
+        weights = torch.where(terms.image, *entropy_weights) * terms.entropy
+        parts["entropy"] = (weights * entropies).sum() / denominator
+    stats = _stats(parts, ratio.detach(), held_back, terms)
+    for name, of_kind in (("image", terms.image), ("text", ~terms.image)):
+        _kind_stats(stats, name, of_kind, divergence.detach(), logprobs.detach(), terms, fresh)
+        weighted = of_kind & (terms.entropy != 0)
+        if entropies is not None and weighted.any():
+            stats.mean(f"entropy/{name}", entropies.detach()[weighted].sum(), weighted.sum())
+    return sum(parts.values()), stats
 
 
 @torch.no_grad()
 def _stats(
-    policy: torch.Tensor,
-    kl: torch.Tensor,
-    ce: torch.Tensor,
-    ratio: torch.Tensor,
-    k3: torch.Tensor,
-    logprobs: torch.Tensor,
-    terms: TokenTerms,
-    clip: float | None,
-    fresh: bool | torch.Tensor,
+    parts: Mapping[str, torch.Tensor], ratio: torch.Tensor, held_back: torch.Tensor | None, terms: TokenTerms
 ) -> Stats:
+    """The terms of the loss that are in use, and the ratio to the sampler."""
     stats = Stats()
-    stats.total("loss/total", policy + kl + ce)
-    for name, value, weight in (
-        ("policy", policy, terms.advantage),
-        ("kl", kl, terms.kl),
-        ("ce", ce, terms.ce),
-    ):
-        if weight.any():
+    stats.total("loss/total", sum(parts.values()))
+    weights = {"policy": terms.advantage, "kl": terms.kl, "ce": terms.ce, "entropy": terms.entropy}
+    for name, value in parts.items():
+        if weights[name].any():
             stats.total(f"loss/{name}", value)
-    credited = terms.advantage != 0
-    sampled = credited & ~terms.behaviour.isnan()
+    sampled = (terms.advantage != 0) & ~terms.behaviour.isnan()
     if sampled.any():
-        if clip is not None:
-            outside = torch.where(terms.advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & sampled
-            stats.mean("loss/clip_fraction", outside.sum(), sampled.sum())
+        if held_back is not None:
+            stats.mean("loss/clip_fraction", (held_back & sampled).sum(), sampled.sum())
         stats.mean("loss/ratio_mean", ratio[sampled].sum(), sampled.sum())
         stats.maximum("loss/ratio_max", ratio[sampled].max())
-    for name, of_kind in (("image", terms.image), ("text", ~terms.image)):
-        _kind_stats(stats, name, of_kind, k3, logprobs, terms, fresh)
     return stats
 
 
@@ -159,7 +189,7 @@ def _kind_stats(
     stats: Stats,
     name: str,
     of_kind: torch.Tensor,
-    k3: torch.Tensor,
+    divergence: torch.Tensor,
     logprobs: torch.Tensor,
     terms: TokenTerms,
     fresh: bool | torch.Tensor,
@@ -167,7 +197,7 @@ def _kind_stats(
     """KL, cross-entropy and the sampler-learner gap of one segment kind."""
     compared = of_kind & ~terms.reference.isnan()
     if compared.any():
-        stats.mean(f"kl/{name}", k3[compared].sum(), compared.sum())
+        stats.mean(f"kl/{name}", divergence[compared].sum(), compared.sum())
     supervised = of_kind & (terms.ce != 0)
     if supervised.any():
         stats.mean(f"loss/ce_{name}", -logprobs[supervised].sum(), supervised.sum())

@@ -59,7 +59,7 @@ class TokenLogprobs:
 def token_logprobs(
     policy: JanusPolicy, replay: Replay, entropy: bool = False, context_policy: Embedder | None = None
 ) -> TokenLogprobs:
-    """Log-probs of the scored tokens under `policy`, with gradients unless the caller switched them off.
+    """Log-probs, entropies if asked, of the scored tokens under `policy`, with gradients unless they are switched off.
 
     One forward per pass of the replay; heads run only on the hidden states that are read. In a replay whose context
     is constant, what stands before a scored segment is embedded by `context_policy` (None: by `policy`) and carries
@@ -98,8 +98,7 @@ def replay_logprobs(
         logits = _logits(policy, hidden, group, replay.options)
         logprobs.append(-F.cross_entropy(logits, group.target.to(device), reduction="none"))
         if entropy:
-            with torch.no_grad():
-                entropies.append(torch.distributions.Categorical(logits=logits.detach()).entropy())
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 

@@ -56,9 +56,10 @@ def combine(sections: Sequence[ScorerSection], scores: Sequence[Score | None], f
     )
 
 
-def usable(scores: Sequence[ImageScore]) -> bool:
-    """Whether a trajectory with these scores of its images can be compared with others."""
-    return any(score.parts and score.error is None for score in scores)
+def usable(sections: Sequence[ScorerSection], scores: Sequence[ImageScore]) -> bool:
+    """Whether a trajectory with these scores of its images can be compared with others: one has all that counts."""
+    counting = {section.name for section in sections if section.weight != 0}
+    return any(score.error is None and not counting.isdisjoint(score.parts) for score in scores)
 
 
 def _sum(pairs: Sequence[tuple[ScorerSection, Score]]) -> float | None:

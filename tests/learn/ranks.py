@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def batches(path: Path, scenario: str) -> list[list[TrainItem]]:
         return [[item(policy, i, len(c), credits=c) for i in range(5)] for c in (draw, judge)]
     sampling = Sampling(guidance=2.0)
     items = [item(policy, i, 1 + i % 3, sampling) for i in range(5)]
-    return [with_logprobs(policy, items)] * 2
+    items = with_logprobs(policy, items)
+    if scenario == "recomputed":
+        items = [replace(i, credits=tuple(replace(c, entropy=0.5) for c in i.credits)) for i in items]
+    return [items] * 2
 
 
 def build(path: Path, scenario: str, rank: int = 0, world_size: int = 1) -> FsdpLearner:
@@ -42,7 +46,8 @@ def train(learner: FsdpLearner, path: Path, scenario: str, first: slice) -> tupl
     """Metrics of two steps on this rank's slice of the items, and the weights after them."""
     metrics = []
     for step, items in enumerate(batches(path, scenario)):
-        metrics.append(learner.step(items[first], 15.0, step, TOTAL, fresh=step == 0))
+        weights = (0.3, -0.2) if scenario == "recomputed" else None
+        metrics.append(learner.step(items[first], 15.0, step, TOTAL, fresh=step == 0, entropy_weights=weights))
     return metrics, learner.weights()
 
 

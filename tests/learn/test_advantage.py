@@ -60,7 +60,7 @@ def test_rewards_of_the_three_spans(tiny_policy):
     np.testing.assert_allclose(credited.rewards["final"], [0.9, 0.6, 0.2, 0.1])
     assert credited.batch.denominator == 12.0
     assert credited.metrics["reward/final/mean"] == pytest.approx(0.45)
-    assert credited.metrics["failures/scores"] == 0
+    assert credited.metrics["credit/images_without_reward"] == 0
 
 
 def test_v1_merges_an_accepted_image_and_v3_credits_the_second(tiny_policy):
@@ -120,9 +120,12 @@ def test_a_missing_score_takes_its_spans_credit_and_kl_away(tiny_policy):
     assert not any(c.trained for c in first)
     assert [c.trained for c in second] == [True, True, False]
     assert [c.kl for c in third] == [1.0, 1.0, 1.0]
-    assert credited.metrics["failures/scores"] == 2 and credited.metrics["failures/groups"] == 0
+    assert (
+        credited.metrics["credit/images_without_reward"] == 2
+        and credited.metrics["credit/groups_without_comparison"] == 0
+    )
     lost = assign_credit(rollouts(tiny_policy, [True, True]), [[None], [None]], [7, 7], CreditSection())
-    assert lost.metrics["failures/groups"] == 1 and "reward/first/mean" not in lost.metrics
+    assert lost.metrics["credit/groups_without_comparison"] == 1 and "reward/first/mean" not in lost.metrics
 
 
 def test_v1_merged_is_both_spans_apart_at_ratio_one():
@@ -135,7 +138,8 @@ def test_v1_merged_is_both_spans_apart_at_ratio_one():
         current = logprobs.clone().requires_grad_()
         loss = torch.zeros(())
         for advantage, kl in zip(advantages, kls, strict=True):
-            terms = TokenTerms(logprobs, reference, none + advantage / 36, none + kl / 36, none, none.bool())
+            weights = (none + advantage / 36, none + kl / 36, none, none)
+            terms = TokenTerms(logprobs, reference, *weights, none.bool(), none.long(), none.long())
             loss = loss + policy_loss(current, terms, 3.0)[0]
         return loss.item(), torch.autograd.grad(loss, current)[0]
 
@@ -273,7 +277,7 @@ def test_a_single_image_is_credited_by_its_score():
     credited = assign_credit(drawn, [[0.1], [None], [0.5]], [0, 0, 0], CreditSection(rule="single"))
     expected = group_advantages(np.array([0.1, 0.5]), [0, 0])
     assert [c.credits[0].advantage for c in credited.batch.items] == pytest.approx([expected[0], 0, expected[1]])
-    assert credited.batch.denominator == 3 and credited.metrics["failures/scores"] == 1
+    assert credited.batch.denominator == 3 and credited.metrics["credit/images_without_reward"] == 1
     with pytest.raises(ValueError, match="t: credit.rule single credits one image and there are 2 segments"):
         assign_credit([trajectory_of(16, 4, verdicts=(True,))], [[0.1]], [0], CreditSection(rule="single"))
 
@@ -285,7 +289,10 @@ def test_a_missing_score_is_no_zero_under_any_rule(rule):
     credited = assign_credit(drawn, scores, [0, 0, 0], CreditSection(rule=rule))
     found = [[c.advantage for c in example.credits] for example in credited.batch.items]
     assert np.isfinite([value for row in found for value in row]).all()
-    assert credited.metrics["failures/scores"] == 1 and credited.metrics["failures/groups"] == 0
+    assert (
+        credited.metrics["credit/images_without_reward"] == 1
+        and credited.metrics["credit/groups_without_comparison"] == 0
+    )
     without = assign_credit([drawn[0], drawn[2]], [scores[0], scores[2]], [0, 0], CreditSection(rule=rule))
     expected = [[c.advantage for c in example.credits] for example in without.batch.items]
     if rule == "summed":

@@ -21,8 +21,8 @@ def terms_of(**columns) -> TokenTerms:
     """Token terms with zeros where nothing is given."""
     size = len(next(iter(columns.values())))
     none = {"behaviour": [NAN] * size, "reference": [NAN] * size}
-    zeros = {name: [0.0] * size for name in ("advantage", "kl", "ce")}
-    known = {**none, **zeros, **columns}
+    zeros = {name: [0.0] * size for name in ("advantage", "kl", "ce", "entropy")}
+    known = {**none, **zeros, "segment": [0] * size, "sequence": [0] * size, **columns}
     image = torch.tensor(known.pop("image", [True] * size))
     return TokenTerms(image=image, **{name: torch.tensor(values) for name, values in known.items()})
 

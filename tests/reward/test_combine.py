@@ -35,9 +35,16 @@ def test_a_reward_is_missing_if_a_score_that_counts_is():
     total = combine([judge(), style()], [Score("x", 0.75), LOST], final=True)
     assert (total.value, total.final, total.match) == (None, None, 0.75)
     assert total.parts == {"judge": 0.75} and total.error == "style: timeout after 30 s"
-    assert not usable([total])
-    total = combine([judge(), style(weight=0.0)], [Score("x", 0.75), LOST])
-    assert total == ImageScore("x", 0.75, {"judge": 0.75}, match=0.75) and usable([total])
+    assert not usable([judge(), style()], [total])
+    canary = [judge(), style(weight=0.0)]
+    total = combine(canary, [Score("x", 0.75), LOST])
+    assert total == ImageScore("x", 0.75, {"judge": 0.75}, match=0.75) and usable(canary, [total])
+
+
+def test_a_canary_s_score_is_nothing_to_compare():
+    canary = [judge(sees=["final_image"]), style(weight=0.0)]
+    passing, last = combine(canary, [None, Score("x", 0.5)]), combine(canary, [LOST, Score("x", 0.5)], final=True)
+    assert not usable(canary, [passing, last])
 
 
 def test_a_scorer_of_the_final_image_adds_to_that_place_alone():
@@ -57,7 +64,8 @@ def test_a_scorer_of_the_first_image_says_nothing_of_it_as_the_final_one():
 
 def test_an_image_that_nobody_looks_at_has_no_reward_and_nothing_is_missing():
     unseen = combine([style(sees=["final_image"])], [None])
-    assert (unseen.value, unseen.match, unseen.error) == (0.0, None, None) and not usable([unseen])
+    assert (unseen.value, unseen.match, unseen.error) == (0.0, None, None)
+    assert not usable([style(sees=["final_image"])], [unseen])
 
 
 def test_scores_of_different_images_are_not_combined():

@@ -13,7 +13,7 @@ from rlpipe.types import Prompt, Score, ScoreRequest
 
 
 class Red:
-    """Mean red; a prompt with the word "unscorable" gets a failure, one with "nan" not a number."""
+    """Mean red; a prompt with the word "unscorable" gets a failure, "nan" not a number, "equal" a half."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         return [self._one(request) for request in requests]
@@ -26,6 +26,8 @@ class Red:
             return Score(id=request.id, value=None, error="no red in this world")
         if "nan" in request.prompt.text:
             return Score(id=request.id, value=float("nan"))
+        if "equal" in request.prompt.text:
+            return Score(id=request.id, value=0.5)
         return Score(id=request.id, value=float(request.image[..., 0].mean() / 255))
 
 

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from rlpipe.config import Config
 from rlpipe.observe.gallery import read_rollouts
+from rlpipe.schema import EntropySection
 from roles.batch import Batch, ScoresMissing
 from roles.group import ActorPool
 from roles.placement import grpo_demands
@@ -145,6 +146,37 @@ def test_a_group_without_scores_is_dropped_counted_and_replaced_by_the_next_prom
     assert [[ordinal for ordinal, _ in step] for step in office.trained] == [[0, 2], [4, 5]]
     assert [row["failures/groups"] for row in metrics] == [1, 1]
     assert all(row["failures/scores"] >= 3 for row in metrics)
+
+
+def test_groups_of_equal_rewards_are_replaced_by_the_next_prompts_up_to_the_cap(office, tmp_path) -> None:
+    prompts = with_prompts(tmp_path / "p.txt", "one circle", "equal 1", "two squares", "equal 2", "a star")
+    changes = {"data__prompts": prompts, "data__shuffle": False, "train__steps": 2, "credit__redraws": 1}
+    metrics = office.train(office.config(tmp_path / "run", **changes))
+    assert [[ordinal for ordinal, _ in step] for step in office.trained] == [[0, 2], [4, 5]]
+    assert [(row["rollout/equal_groups"], row["failures/groups"]) for row in metrics] == [(1, 0), (1, 0)]
+    # Where all are equal, a step takes two more for its two prompts, and is content with those.
+    changes |= {"data__prompts": with_prompts(tmp_path / "e.txt", *(f"equal {i}" for i in range(5)))}
+    metrics = office.train(office.config(tmp_path / "equal", **changes | {"train__steps": 1}))
+    assert [[ordinal for ordinal, _ in step] for step in office.trained] == [[2, 3]]
+    assert metrics[0]["rollout/equal_groups"] == 2 and metrics[0]["reward/trajectory/std"] == 0
+
+
+def test_the_weights_of_entropies_move_with_every_step_and_outlive_the_run(office, tmp_path) -> None:
+    section = EntropySection("adaptive", image_target=0.0, text_target=100.0)
+    changes = {"loss__entropy": section, "train__steps": 2, "train__checkpoint_every": 1}
+    whole = office.train(office.config(tmp_path / "whole", **changes))
+    assert [row["entropy/image_weight"] for row in whole] == pytest.approx([5e-5, 1e-4], rel=0.05)
+    assert [row["entropy/text_weight"] for row in whole] == pytest.approx([-5e-5, -1e-4], rel=0.05)
+    assert whole[0]["entropy/image"] > 0 and whole[0]["loss/entropy"] == 0 != whole[1]["loss/entropy"]
+
+    def stop(step: int, office: Office, trainer: Trainer) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = office.config(tmp_path / "halves", **changes)
+    with pytest.raises(Stopped):
+        office.train(config, stop)
+    assert office.train(config) == whole
 
 
 def test_too_many_missing_scores_stop_the_run_with_a_checkpoint_and_name_the_scorer(office, tmp_path) -> None:
