@@ -14,6 +14,7 @@ import ray
 
 from rlpipe.config import Config
 from rlpipe.paths import resolve_path
+from rlpipe.reward.scorer import absolute_options
 
 ACTOR_ENVIRONMENT = {
     # Threads that spin while they wait would take the cores from the other actors of a machine.
@@ -138,6 +139,7 @@ def with_absolute_paths(config: Config) -> Config:
     config.sft.data = str(resolve_path(config.sft.data)) if config.sft.data else ""
     for scorer in config.reward:
         scorer.path = None if scorer.path is None else str(resolve_path(scorer.path))
+        scorer.options = absolute_options(scorer)
     return config
 
 

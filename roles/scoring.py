@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ async def score_images(config: Config) -> Path:
 
     Raises ConfigError, ScoredError, PlacementError, RoleError, ScoresMissing; Stopped by a signal.
     """
-    config = with_absolute_paths(config)
+    given, config = config, with_absolute_paths(config)
     section = config.score
     section.out, section.images = str(Path(section.out).absolute()), str(resolve_path(section.images))
     asks = [name for scorer in config.reward if (name := _asks(scorer))]
@@ -90,7 +90,7 @@ async def score_images(config: Config) -> Path:
     if asks and bare is not None:
         raise ScoredError([f"score.caption: empty, {bare} has no prompt, and {asks[0]} asks about it; give one"])
     shards, names = shards_of(rows, section.shard_size), [scorer.name for scorer in config.reward]
-    begin(section.out, settings_of(config, rows))
+    begin(section.out, settings_of(given, rows))  # what a dry run compares, whose paths are as they were given
 
     def finished(shard: Shard) -> bool:
         rows = read_shard(shard, section.out, names)
@@ -133,7 +133,8 @@ async def _score_shards(config: Config, shards: list[Shard], progress: Progress)
 
 async def _refuse_prompts(config: Config, shards: list[Shard], pools: list[ActorPool]) -> None:
     """Raise PromptError where a scorer says that it cannot score a prompt."""
-    prompts = list({row.prompt.id: row.prompt for shard in shards for row in shard.rows}.values())
+    rows = (row for shard in shards for row in shard.rows)
+    prompts = list({json.dumps(asdict(row.prompt), sort_keys=True, default=str): row.prompt for row in rows}.values())
     checks = (
         pool.call("check", prompts, timeout_s=scorer.timeout_s)
         for pool, scorer in zip(pools, config.reward, strict=True)
@@ -189,7 +190,15 @@ async def _score_shard(
     # Pixels go from the reading task to the reward actors; the driver sees what could not be read.
     read = ray.remote(read_requests).options(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD")
     unreadable_ref, requests = read.remote(shard.rows, any("source_image" in section.sees for section in sections))
-    unreadable = await asyncio.wait_for(unreadable_ref, READ_TIMEOUT_S)
+    try:
+        unreadable = await asyncio.wait_for(unreadable_ref, READ_TIMEOUT_S)
+    except TimeoutError:
+        raise ScoredError(
+            [
+                f"score.images: {shard.rows[0].image} and {len(shard.rows) - 1} more were not read within "
+                f"{READ_TIMEOUT_S:g} s; look at the storage, or lower score.shard_size"
+            ]
+        ) from None
     readable = [i for i in range(len(shard.rows)) if i not in unreadable]
     counts: dict[str, ScoreCounts] = {}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -280,12 +280,12 @@ def join_shards(shards: Sequence[Shard], sections: Sequence[ScorerSection], out:
 
 def settings_of(config: Config, rows: Sequence[ImageRow]) -> dict[str, Any]:
     """What the scores depend on, as JSON: another run may go on with them only if all of it is the same."""
-    digest = hashlib.sha256()
-    for row in rows:
-        files = [(file, *_stamp(file)) for file in (row.image, row.source_image) if file]
-        prompt = [row.prompt.id, row.prompt.text, dict(row.prompt.metadata)]
-        digest.update(json.dumps([files, prompt, row.verdict], sort_keys=True, default=str).encode())
-    settings: dict[str, Any] = {"images": digest.hexdigest()[:16], "score.shard_size": config.score.shard_size}
+    settings: dict[str, Any] = {
+        "images": _digest([(file, *_stamp(file)) for file in (r.image, r.source_image) if file] for r in rows),
+        "prompts": _digest([r.prompt.id, r.prompt.text, dict(r.prompt.metadata)] for r in rows),
+        "verdicts": _digest(r.verdict for r in rows),
+        "score.shard_size": config.score.shard_size,
+    }
     for section in config.reward:
         values = {key: value for key, value in asdict(section).items() if key not in (*HOW_FAST, *HOW_PATIENT)}
         path = resolve_path(section.path) if section.path else None
@@ -296,6 +296,13 @@ def settings_of(config: Config, rows: Sequence[ImageRow]) -> dict[str, Any]:
                 values["options"][key] = {name: value for name, value in option.items() if name not in WHERE}
         settings |= {f"reward[{section.name}].{key}": value for key, value in values.items() if key != "name"}
     return json.loads(json.dumps(settings, default=str))
+
+
+def _digest(values: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def _stamp(file: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ A backend is a class that is constructed as
     Class(path, *, batch_size=128, device="auto", dtype="float32", system="", max_tiles=12, **engine)
 
     path:       checkpoint folder; what a server calls its model may stand in `engine` instead, then path is None.
-    batch_size: most queries that are in the model (or on their way to the server) at once.
+    batch_size: most queries that are in the model at once.
     device:     "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1". dtype: "float32" or "bfloat16".
     system:     text of a system message; empty leaves it out.
     max_tiles:  most tiles that an image is cut into, its thumbnail not counted.
@@ -77,12 +77,13 @@ class Answer:
 
     p_yes: P(yes) against no, over {yes, Yes, YES} and {no, No, NO}; mass: what these six have of the whole
            vocabulary. A low mass tells of a chat format or a question that this model does not understand.
-    text:  the words of `Backend.write`.
+    text:  the words of `Backend.write`; cut: whether they end at the length limit, as far as the backend tells.
     """
 
     p_yes: float | None = None
     mass: float | None = None
     text: str | None = None
+    cut: bool = False
     error: str | None = None
 
     @classmethod
@@ -120,7 +121,7 @@ class Backend(Protocol):
         ...
 
     def write(self, queries: Sequence[Query], max_tokens: int) -> list[Answer]:
-        """The greedy words of each answer, in `Answer.text`."""
+        """The greedy words of each answer, in `Answer.text` and `Answer.cut`."""
         ...
 
 

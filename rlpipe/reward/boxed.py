@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlpipe.reward.backend import Query
+from rlpipe.reward.backend import Answer, Query
 from rlpipe.reward.judge import Judge
 from rlpipe.reward.question import PLACEHOLDER, around_images
 from rlpipe.types import Score, ScoreRequest
@@ -35,7 +35,7 @@ Reason before your final boxed answer. Only one number should appear inside the 
 """What the official judge is asked, its spelling included."""
 UNPARSABLE = ("missing", "zero")
 
-_BOX = r"\boxed{"
+_BOX = re.compile(r"\\boxed\{\s*([01])\s*\}")
 _TOLD = 200
 """Characters of an answer without a box that its error quotes, from the end."""
 
@@ -46,7 +46,8 @@ class BoxedJudge(Judge):
     template:   with `{prompt}` and `<image>` where they belong; "A photo of " at the prompt's start is left out.
     max_tokens: length limit of an answer (official 1024).
     min_size:   a smaller image is enlarged to as many pixels as a square of this side has (official 512).
-    unparsable: an answer without \boxed{1} or \boxed{0} makes the score "missing", or "zero" (official).
+    unparsable: an answer without \boxed{1} or \boxed{0} makes the score "missing", or "zero" (official). So does one
+                that is cut at max_tokens after its last box: that box may be of the reasoning.
 
     The other keywords are those of `judge.Judge`.
 
@@ -86,35 +87,38 @@ class BoxedJudge(Judge):
         prompt = re.sub(r"^\s*a photo of ", "", request.prompt.text, flags=re.IGNORECASE)
         return [Query(around_images(self.template, prompt, 1), (enlarged(request.image, self.min_size),))]
 
-    def prepare(self, requests: Sequence[ScoreRequest]) -> list[Query]:
-        """The queries, their images enlarged."""
-        return [query for request in requests for query in self.queries(request)]
+    def prepare(self, requests: Sequence[ScoreRequest]) -> tuple[list[list[Query]], None]:
+        """The queries of each request, their images enlarged."""
+        return [self.queries(request) for request in requests], None
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """One score per request, in order."""
         return self.score_prepared(requests, self.prepare(requests))
 
-    def score_prepared(self, requests: Sequence[ScoreRequest], prepared: list[Query]) -> list[Score]:
+    def score_prepared(self, requests: Sequence[ScoreRequest], prepared: tuple[list[list[Query]], None]) -> list[Score]:
         """The same, after `prepare`."""
-        answers = self.backend.write(prepared, self.max_tokens) if prepared else []
-        return [
-            Score(id=r.id, value=None, error=a.error) if a.error is not None else self._read(r, a.text or "")
-            for r, a in zip(requests, answers, strict=True)
-        ]
+        queries = [query for asked in prepared[0] for query in asked]
+        answers = self.backend.write(queries, self.max_tokens) if queries else []
+        return [self._read(r, a) for r, a in zip(requests, answers, strict=True)]
 
-    def _read(self, request: ScoreRequest, text: str) -> Score:
-        value = boxed(text)
+    def _read(self, request: ScoreRequest, answer: Answer) -> Score:
+        if answer.error is not None:
+            return Score(id=request.id, value=None, error=answer.error)
+        value = boxed(answer.text, answer.cut)
         if value is None and self.unparsable == "missing":
-            words = " ".join(text.split())[-_TOLD:]
-            return Score(id=request.id, value=None, error=rf"no \boxed{{1}} or \boxed{{0}} at the end of: {words!r}")
+            words = " ".join(answer.text.split())[-_TOLD:]
+            cut = f", cut at max_tokens={self.max_tokens}" if answer.cut else ""
+            error = rf"no \boxed{{1}} or \boxed{{0}} at the end of{cut}: {words!r}"
+            return Score(id=request.id, value=None, error=error)
         return Score(id=request.id, value=float(value or 0), parts={"unparsable": float(value is None)})
 
 
-def boxed(text: str) -> int | None:
-    """1 or 0 if exactly that is in the last box of the text, else None."""
-    start = text.rfind(_BOX)
-    inside = text[start + len(_BOX) :][:2] if start >= 0 else ""
-    return {"1}": 1, "0}": 0}.get(inside)
+def boxed(text: str, cut: bool = False) -> int | None:
+    """1 or 0 if that alone is in the last box of the text, else None; if the text was cut, that box must end it."""
+    found = _BOX.match(text, max(text.rfind(r"\boxed{"), 0))
+    if found is None or (cut and re.search(r"\w", text[found.end() :])):
+        return None
+    return int(found[1])
 
 
 def enlarged(image: np.ndarray, min_size: int) -> np.ndarray:

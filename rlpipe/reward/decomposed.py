@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rlpipe.reward.backend import Answer, Query
 from rlpipe.reward.decomposition import Question, QuestionBook, Questions, QuestionWriter, masked, plain
@@ -37,6 +37,8 @@ class DecomposedJudge(Judge):
         judge = DecomposedJudge("/models/InternVL3-8B-hf", questions="questions.jsonl", dependency=True)
     """
 
+    paths: ClassVar = {"questions": None, "writer.cache": CACHE}
+
     def __init__(
         self,
         path: str | Path | None = None,
@@ -58,7 +60,10 @@ class DecomposedJudge(Judge):
         self.dependency, self.suffix = dependency, suffix
         _check(questions=questions, writer=writer, short_words=short_words, dependency=dependency, suffix=suffix)
         self.book = QuestionBook(questions)
-        self.writer = QuestionWriter(self.book, **{"cache": CACHE, **writer}) if writer else None
+        try:
+            self.writer = QuestionWriter(self.book, **{"cache": CACHE, **writer}) if writer else None
+        except ValueError as error:
+            raise ValueError(f"writer.{error}") from None
         super().__init__(path, batch_size, backend, device, dtype, system, max_tiles, engine)
 
     @staticmethod
@@ -67,6 +72,7 @@ class DecomposedJudge(Judge):
         own = ("questions", "writer", "short_words", "dependency", "suffix")
         _check(**{key: keywords[key] for key in own if key in keywords})
         Judge.check_keywords(**keywords)
+        QuestionBook(keywords.get("questions"))
 
     def check(self, prompts: Sequence[Prompt]) -> list[str]:
         """One line for each prompt without questions, or with a writer one if it does not answer; and the backend's."""
@@ -74,7 +80,7 @@ class DecomposedJudge(Judge):
         if self.writer is not None:
             return problems + [line.replace("engine.", "writer.", 1) for line in self.writer.endpoint.problems()]
         lacking = [p for p in prompts if self._questions(p) is None]
-        return problems + [f"prompt {p.id!r}: no questions about {p.text!r}; add them to `questions`" for p in lacking]
+        return problems + [f"prompt {p.id!r}: {self._lack(p)}; add them to `questions`" for p in lacking]
 
     def prepare(self, requests: Sequence[ScoreRequest]) -> tuple[list[list[Query]], Any]:
         """The questions of each request, written if need be, and what the backend made of them all."""
@@ -92,7 +98,7 @@ class DecomposedJudge(Judge):
     def judged(self, request: ScoreRequest, answers: list[Answer]) -> Score:
         if not answers:
             failures = {} if self.writer is None else self.writer.failures
-            reason = failures.get(plain(request.prompt.text), f"no questions about prompt {request.prompt.id!r}")
+            reason = failures.get(plain(request.prompt.text)) or self._lack(request.prompt)
             return Score(id=request.id, value=None, error=reason)
         questions = self._questions(request.prompt)
         for question, answer in zip(questions, answers, strict=True):
@@ -106,6 +112,10 @@ class DecomposedJudge(Judge):
     def _write(self, requests: Sequence[ScoreRequest]) -> None:
         if self.writer is not None:
             self.writer.write([r.prompt for r in requests if not self._is_short(r.prompt)])
+
+    def _lack(self, prompt: Prompt) -> str:
+        other = self.book.other_text(prompt)
+        return f"no questions about {prompt.text!r}" + (f" (those of its id are about {other!r})" if other else "")
 
     def _is_short(self, prompt: Prompt) -> bool:
         return len(prompt.text.split()) < self.short_words

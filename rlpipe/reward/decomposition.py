@@ -1,6 +1,7 @@
 """Long prompts as yes/no questions (DSG): where the questions of a prompt come from, and which depend on which.
 
-A file of questions is JSONL, one prompt a line, found by the prompt's `id` or by its text:
+A file of questions is JSONL, one prompt a line, found by the prompt's `id` or by its text, which must not be another's
+where a line has both:
 
     {"prompt": "a red dog on a mat", "questions": [
         {"id": 1, "question": "Is there a dog?"}, {"id": 2, "question": "Is the dog red?", "parents": [1]}]}
@@ -124,7 +125,7 @@ class QuestionBook:
 
     def __init__(self, path: str | Path | None = None) -> None:
         """ValueError names file and line of the first rows that cannot be used."""
-        self._by_id: dict[str, Questions] = {}
+        self._by_id: dict[str, tuple[str | None, Questions]] = {}
         self._by_text: dict[str, Questions] = {}
         if path is not None:
             file = resolve_path(path)
@@ -135,13 +136,20 @@ class QuestionBook:
                 raise ValueError(f"questions: {'; '.join(problems[:3])}" + (", ..." if len(problems) > 3 else ""))
 
     def find(self, prompt: Prompt) -> Questions | None:
-        """The questions about a prompt; what is known by its id goes first."""
-        return self._by_id.get(prompt.id) or self._by_text.get(plain(prompt.text))
+        """The questions about a prompt: those of its id, unless they are about another text, else those of its text."""
+        text = plain(prompt.text)
+        about, questions = self._by_id.get(prompt.id, (None, None))
+        return questions if questions and about in (None, text) else self._by_text.get(text)
+
+    def other_text(self, prompt: Prompt) -> str | None:
+        """What the questions with the prompt's id are about, where that is not its text."""
+        about = self._by_id.get(prompt.id, (None, None))[0]
+        return about if about != plain(prompt.text) else None
 
     def add(self, questions: Questions, name: str | None = None, text: str | None = None) -> None:
         """Questions that are kept under an id and a text, unless there are some already."""
         if name is not None:
-            self._by_id.setdefault(name, questions)
+            self._by_id.setdefault(name, (None if text is None else plain(text), questions))
         if text is not None:
             self._by_text.setdefault(plain(text), questions)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -70,6 +70,8 @@ class DetectorScorer:
         score.parts                                # {"strict": 0.0, "graded": 0.75, "count": 1.0, "color": 0.5}
     """
 
+    paths: ClassVar = {"clip": None}
+
     def __init__(
         self,
         path: str | Path | None = None,
@@ -121,6 +123,10 @@ class DetectorScorer:
             kind = int if key == "max_objects" else int | float
             if isinstance(value, bool) or not isinstance(value, kind) or not value >= 0:
                 raise ValueError(f"thresholds: {key} is {value!r}; give a number from 0")
+        if detector == "mask2former":
+            from rlpipe.reward.mask2former import check_folders
+
+            check_folders(path, clip)
 
     def check(self, prompts: Sequence[Prompt]) -> list[str]:
         """One line for each prompt whose metadata the rules cannot be applied to."""

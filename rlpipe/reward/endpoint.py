@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,8 @@ T = TypeVar("T")
 LONGEST_PAUSE_S = 30.0
 TRY_AGAIN = (408, 425, 429)
 """Statuses below 500 that may go away by themselves."""
+AWAY = (*TRY_AGAIN, 502, 503, 504)
+"""Statuses of a server that says nothing of the question itself."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -32,11 +35,12 @@ class ServerError(RuntimeError):
     """No usable answer after all attempts. The message says why and never has the key in it.
 
     status: of the last answer where that was an HTTP error, else 0.
+    away:   whether the server was not reached, or was too busy to look at the request.
     """
 
-    def __init__(self, reason: str, status: int = 0) -> None:
-        super().__init__(reason, status)
-        self.reason, self.status = reason, status
+    def __init__(self, reason: str, status: int = 0, away: bool = False) -> None:
+        super().__init__(reason, status, away)
+        self.reason, self.status, self.away = reason, status, away
 
     def __str__(self) -> str:
         return self.reason
@@ -73,8 +77,13 @@ class EndpointSettings:
         _check_url(self.url)
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model: {self.model!r} is no name; give the one that the server lists under /v1/models")
-        if self.api_key_env is not None and (not isinstance(self.api_key_env, str) or not self.api_key_env):
-            raise ValueError("api_key_env: not the name of an environment variable; give that, never the key itself")
+        name = self.api_key_env
+        # A name in small letters is refused too: it may be a key, and then it must not be in the error.
+        if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name)):
+            raise ValueError(
+                "api_key_env: not the name of an environment variable in capitals, such as JUDGE_KEY; give that, never "
+                "the key itself"
+            )
         for name, smallest in (("concurrency", 1), ("retries", 0), ("top_logprobs", 2)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
@@ -152,6 +161,10 @@ class Endpoint:
         """The greedy answer to a text, or to a list of messages; ServerError if there is none."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        return self.write(messages, max_tokens)[0]
+
+    def write(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> tuple[str, bool]:
+        """The same of a list of messages, and whether the server says that it was cut at `max_tokens`."""
         return self.complete(messages, _words, max_tokens=max_tokens)
 
     def complete(self, messages: Sequence[Mapping[str, Any]], read: Callable[[Any], T], **fields: Any) -> T:
@@ -184,7 +197,8 @@ class Endpoint:
                 return [f"engine.api_key_env: {where} refuses {named} ({error}); set it to the name of the right one"]
             if error.status in (404, 405):
                 return []
-            return [f"engine.url: {where} gives no answer ({error}); is the server running?"]
+            reason = str(error).removeprefix(f"{where}: ")
+            return [f"engine.url: {where} gives no answer ({reason}); is the server running?"]
         try:
             names = [entry["id"] for entry in payload["data"]]
         except (KeyError, TypeError):
@@ -217,11 +231,15 @@ class Endpoint:
 
     def _given_up(self, failure: _Failure, number: int) -> ServerError:
         """One short line, the key taken out: servers quote what they refuse."""
-        line = " ".join(str(failure).split())
-        line = (line.replace(self._key, "[key]") if self._key else line)[:300]
+        line = self._without_key(" ".join(str(failure).split()))[:300]
         if failure.pause_s:
             line += f"; asked to wait {failure.pause_s:.0f} s"
-        return ServerError(f"{line}; attempts: {number + 1}" if number else line, failure.status)
+        away = failure.kind in ("timeout", "connection") or failure.status in AWAY
+        return ServerError(f"{line}; attempts: {number + 1}" if number else line, failure.status, away)
+
+    def _without_key(self, text: str) -> str:
+        """To be asked for before a text is cut: a part of the key would no longer be found."""
+        return text.replace(self._key, "[key]") if self._key else text
 
     def _exchange(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Any:
         """One request and the JSON it is answered with."""
@@ -230,9 +248,9 @@ class Endpoint:
         try:
             response, content = self._send(method, url, body)
         except httpx2.TimeoutException:
-            raise _Failure("timeout", f"no answer within {self.settings.timeout_s:g} s") from None
+            raise _Failure("timeout", f"{self.url}: no answer within {self.settings.timeout_s:g} s") from None
         except httpx2.HTTPError as error:
-            raise _Failure("connection", f"{type(error).__name__}: {error}") from None
+            raise _Failure("connection", f"{self.url}: {type(error).__name__}: {error}") from None
         status = response.status_code
         if status != 200:
             passing = status >= 500 or status in TRY_AGAIN
@@ -241,7 +259,8 @@ class Endpoint:
         try:
             return json.loads(content)
         except ValueError:
-            raise _Failure("malformed_json", f"the answer is no JSON: {content[:80]!r}") from None
+            text = self._without_key(content.decode("utf-8", errors="replace"))
+            raise _Failure("malformed_json", f"the answer is no JSON: {text[:80]!r}") from None
 
     def _send(self, method: str, url: str, body: Mapping[str, Any] | None) -> tuple[httpx2.Response, bytes]:
         deadline = time.monotonic() + self.settings.timeout_s
@@ -270,14 +289,15 @@ def _read_key(variable: str | None) -> str | None:
     return key
 
 
-def _words(payload: Any) -> str:
+def _words(payload: Any) -> tuple[str, bool]:
     try:
-        words = payload["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        words = None
+        choice = payload["choices"][0]
+        words, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (KeyError, IndexError, TypeError, AttributeError):
+        words, cut = None, False
     if not isinstance(words, str):
         raise wrong_shape("text in choices[0].message.content")
-    return words
+    return words, cut
 
 
 def _message(content: bytes) -> str:

@@ -170,6 +170,16 @@ def metadata_problems(
     include, exclude = metadata.get("include"), metadata.get("exclude") or []
     if not isinstance(include, list | tuple) or not include:
         return ["no include, GenEval's list of what must be there"]
+    if not isinstance(exclude, list | tuple):
+        return [f"exclude: {exclude!r}; give a list of objects"]
+    strange = [
+        f"{where}[{i}]: {entry!r}; give an object such as {{'class': 'dog', 'count': 1}}"
+        for where, entries in (("include", include), ("exclude", exclude))
+        for i, entry in enumerate(entries)
+        if not isinstance(entry, Mapping)
+    ]
+    if strange:
+        return strange
     problems = []
     for where, entries in (("include", include), ("exclude", exclude)):
         for i, entry in enumerate(entries):

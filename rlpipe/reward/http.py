@@ -33,8 +33,12 @@ Row = tuple[tuple[str, ...], tuple[str, ...]]
 """The texts of a query and its images as data URLs, one between each two texts."""
 Prepared = tuple[list[Row | Answer], list[int]]
 """Each distinct query, or why it cannot be asked, and which of them each query is."""
-SPECIAL = re.compile(r"<\|\w+\|>|</?img>|<IMG_CONTEXT>")
-"""Texts that servers read as tokens of the chat: with them a prompt could close its turn or add an image."""
+SPECIAL = re.compile(
+    r"<\|\w+\|>|<IMG_CONTEXT>|</?(?:s|unk|img|image|video|quad|ref|box|think|tool_call)>"
+    r"|<(?:start|end)_of_turn>|\[/?INST\]|\[UNUSED_TOKEN_\d+\]"
+)
+"""Texts that servers read as tokens of the chat (of InternVL's language models, and others'): with them a prompt could
+close its turn or add an image."""
 UNSAYABLE = -9999.0
 """Log-prob that vLLM sends in place of -inf, which JSON does not have."""
 
@@ -43,8 +47,8 @@ class HTTPBackend:
     """`rlpipe.reward.backend.Backend` over HTTP; `engine` are the fields of `EndpointSettings`.
 
     path:       the model's name on the server where `model` is not set (`vllm serve PATH` serves it as PATH).
-    batch_size: with `concurrency`, most requests at once.
-    device, dtype, max_tiles: the server's own affair; accepted and not sent.
+    batch_size, device, dtype, max_tiles: the server's own affair; accepted and not sent. `engine.concurrency` is what
+                limits the requests that are under way, over all threads.
 
     A server with vLLM's routes is asked once for its tokens of yes and no and for its chat template's way with images,
     then for the log-probs of exactly these tokens. Any other is asked for the `top_logprobs` likeliest tokens: a
@@ -67,8 +71,8 @@ class HTTPBackend:
         self.endpoint = Endpoint(_settings(path, engine))
         self.prepare_seconds = 0.0
         self._system = [{"role": "system", "content": system}] if system else []
-        workers = min(batch_size, self.endpoint.settings.concurrency)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="judge-http")
+        # One pool for all callers: batches that come from several threads share what the server is asked at once.
+        self._pool = ThreadPoolExecutor(self.endpoint.settings.concurrency, thread_name_prefix="judge-http")
         self._lock = threading.Lock()
         self._dialect: _Dialect | None = None
 
@@ -136,6 +140,8 @@ class HTTPBackend:
                 return ask(messages, dialect)
             except ServerError as error:
                 return Answer(error=str(error))
+            except Exception as error:  # of one query; the others of its batch have their answers
+                return Answer(error=f"{type(error).__name__}: {error}")
 
         answers = list(self._pool.map(one, rows))
         return [answers[place] for place in places]
@@ -150,7 +156,8 @@ class HTTPBackend:
         return judged(listed, tuple(tokens or (*YES, *NO)), settings.tolerance)
 
     def _write(self, messages: Messages, dialect: _Dialect, max_tokens: int) -> Answer:
-        return Answer(text=self.endpoint.chat(messages, max_tokens))
+        text, cut = self.endpoint.write(messages, max_tokens)
+        return Answer(text=text, cut=cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,17 +183,23 @@ def _settings(path: str | Path | None, engine: Mapping[str, Any]) -> EndpointSet
 
 
 def _dialect(endpoint: Endpoint) -> _Dialect:
-    """ServerError if the server does not answer; one that does not know a question has the default."""
+    """ServerError if the server does not answer; one that does not know a question, or answers it with something else,
+    has the default."""
     tokens = {}
     for word in (*YES, *NO):
         body = {"prompt": word, "add_special_tokens": False, "return_token_strs": True}
-        payload = endpoint.offers(f"{endpoint.url.removesuffix('/v1')}/tokenize", body)
+        try:
+            payload = endpoint.offers(f"{endpoint.url.removesuffix('/v1')}/tokenize", body)
+        except ServerError as error:
+            if error.away:
+                raise
+            payload = None
         try:
             ids, texts = payload["tokens"], payload["token_strs"]
             # The text tells a word from the unknown token; tokenizers mark the start of a word in their own ways.
             if len(ids) == 1 and texts[0].lstrip("\u2581\u0120 ") == word:
                 tokens[word] = int(ids[0])
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return _Dialect(None, ends_lines=True)
     blank = data_url(np.zeros((32, 32, 3), np.uint8))
     probe = [{"role": "user", "content": content(("", "yes"), (blank,), ends_lines=False)}]
@@ -259,14 +272,14 @@ def judged(listed: Mapping[str, float], spellings: Sequence[str], tolerance: flo
         likeliest = ", ".join(repr(text) for text in sorted(listed, key=listed.get, reverse=True)[:3])
         return Answer(error=f"neither yes nor no among the {len(listed)} likeliest first tokens ({likeliest}, ...)")
     answer = Answer.from_logprobs(*known)
-    if answer.error is not None:
+    if answer.error is not None or None not in found.values():
         return answer
-    yes, no = answer.p_yes * answer.mass, (1.0 - answer.p_yes) * answer.mass
+    if answer.mass == 0.0:
+        return Answer(error="yes and no have less than a millionth of the probability; is it a question of yes or no?")
+    yes, no = (sum(map(math.exp, side)) for side in known)
     least = math.exp(min(listed.values()))
     left = max(0.0, 1.0 - sum(map(math.exp, listed.values())))
     more_yes, more_no = (min((len(s) - len(k)) * least, left) for s, k in zip(sides, known, strict=True))
-    if more_yes == more_no == 0.0:
-        return answer
     low, high = yes / (yes + no + more_no), (yes + more_yes) / (yes + more_yes + no)
     if high - low > tolerance:
         return Answer(

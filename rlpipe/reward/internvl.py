@@ -343,9 +343,11 @@ class InternVLBackend:
             eos_token_id=self.format.end,
             pad_token_id=self.format.end,
         )
+        said = tokens[:, ids.shape[1] :]
         with self._tokenizing:
-            texts = self.format.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
-        return [Answer(text=text) for text in texts]
+            texts = self.format.tokenizer.batch_decode(said, skip_special_tokens=True)
+        ended = (said == self.format.end).any(1).tolist()
+        return [Answer(text=text, cut=not end) for text, end in zip(texts, ended, strict=True)]
 
     @contextmanager
     def _preparing(self) -> Iterator[None]:

@@ -50,7 +50,11 @@ class Judge:
             "max_tiles": max_tiles,
         }
         Judge.check_keywords(path=path, backend=backend, engine=engine, **shared)
-        self.backend = build_backend(backend, path, **shared, **(engine or {}))
+        try:
+            self.backend = build_backend(backend, path, **shared, **(engine or {}))
+        except ValueError as error:
+            inside = str(error).partition(":")[0] in (engine or {})
+            raise ValueError(f"engine.{error}" if inside else str(error)) from error
 
     @staticmethod
     def check_keywords(

@@ -234,6 +234,16 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def check_folders(path: str | Path, clip: str | Path | None) -> None:
+    """ValueError if one of the folders is no checkpoint of its kind; nothing is loaded."""
+    try:
+        _folder(path, "mask2former", "path")
+        if clip is not None:
+            _folder(clip, "clip", "clip")
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+
+
 def _folder(path: str | Path, kind: str, field: str) -> Path:
     folder = resolve_path(path)
     if not (folder / "config.json").is_file():

@@ -10,22 +10,27 @@ Beyond `score` a scorer may have:
     needs = ("source_image",)             what its section's `sees` has to name besides the images
     check(prompts) -> list[str]           one line for each prompt that it cannot score, asked before a run starts
     check_keywords(**keywords)            static; ValueError "key: what is wrong; way out" before anything is built
+    paths = {"weights": None}             options that are paths, "inner.key" inside a mapping, and their defaults: made
+                                          absolute where a run is started, whatever folder its actors are in
     prepare(requests) -> prepared         work for another thread, done while it scores the batch before;
     score_prepared(requests, prepared)    then called in place of `score`
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rlpipe.config import ConfigError, ScorerSection
+from rlpipe.paths import resolve_path
 from rlpipe.reward.question import check_question
 from rlpipe.types import Score, ScoreRequest
 
@@ -85,8 +90,7 @@ def resolve_scorer(section: ScorerSection) -> tuple[Callable[..., Scorer], dict[
         try:
             target.check_keywords(**keywords)
         except ValueError as error:
-            inside = "" if str(error).partition(":")[0] in STANDARD_KEYWORDS else "options."
-            raise ConfigError(f"{field}.{inside}{error}") from None
+            raise ConfigError(_at(section, error, parameters)) from None
     return target, keywords
 
 
@@ -110,9 +114,31 @@ def build_scorer(section: ScorerSection, device: str | None = None) -> Scorer:
     try:
         return target(**keywords)
     except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        separator = "." if line.partition(":")[0] in keywords else ": "
-        raise ConfigError(f"reward[{section.name}]{separator}{line}") from error
+        raise ConfigError(_at(section, error, inspect.signature(target).parameters)) from error
+
+
+def absolute_options(section: ScorerSection) -> dict[str, Any]:
+    """The section's options with absolute paths, where the scorer's `paths` name some."""
+    options = copy.deepcopy(section.options)
+    try:
+        paths = getattr(_import(SCORERS.get(section.scorer, section.scorer), "scorer"), "paths", {})
+    except ConfigError:  # a job may have no use for the scorer; where it is built this is told
+        return options
+    for name, default in paths.items():
+        outer, _, key = name.rpartition(".")
+        holder = options.get(outer) if outer else options
+        if isinstance(holder, dict) and isinstance(path := holder.get(key, default), str | Path):
+            holder[key] = str(resolve_path(path))
+    return options
+
+
+def _at(section: ScorerSection, error: Exception, known: Collection[str]) -> str:
+    """A scorer's error in one line, with the field of the section that it begins with, if that is one."""
+    line = " ".join(str(error).split())
+    key = line.partition(":")[0].partition(".")[0]
+    if key in STANDARD_KEYWORDS:
+        return f"reward[{section.name}].{line}"
+    return f"reward[{section.name}].options.{line}" if key in known else f"reward[{section.name}]: {line}"
 
 
 def _import(path: str, field: str) -> Any:
@@ -149,9 +175,9 @@ def _answers(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Score]:
         if not isinstance(scores, Sequence) or len(scores) != len(requests):
             got = len(scores) if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
             raise TypeError(f"score(requests) returned {got} for {len(requests)} requests")
-    except Exception as error:  # a scorer is foreign code: its failure is data here, counted by the caller
-        reason = f"{type(error).__name__}: {error}"
-        return [Score(id=r.id, value=None, error=reason) for r in requests]
+        scores = list(scores)
+    except (Exception, SystemExit) as error:  # foreign code: its failure is data here, counted by the caller
+        return [_failed(r, error) for r in requests]
     return [_checked(r, s) for r, s in zip(requests, scores, strict=True)]
 
 
@@ -162,14 +188,27 @@ def _image_problem(image: Any) -> str | None:
     return f"image is {type(image).__name__} {dtype} {shape}, not uint8 [H, W, 3]"
 
 
+def _failed(request: ScoreRequest, error: BaseException) -> Score:
+    return Score(id=request.id, value=None, error=f"{type(error).__name__}: {error}")
+
+
 def _checked(request: ScoreRequest, score: Any) -> Score:
     """The score with plain floats, or a missing one that says why."""
+    try:
+        return _plain(request, score)
+    except Exception as error:  # of what is in it, such as a whole number beyond all floats
+        return _failed(request, error)
+
+
+def _plain(request: ScoreRequest, score: Any) -> Score:
     if not isinstance(score, Score):
         reason = f"answer is a {type(score).__name__}, not a Score"
     elif score.id != request.id:
         reason = f"answer has id {score.id!r}, asked was {request.id!r}"
     elif score.missing:
         reason = score.error or "no value and no reason given"
+    elif not isinstance(score.parts, Mapping):
+        reason = f"parts is a {type(score.parts).__name__}, not a mapping"
     else:
         named = {"value": score.value, **{f"part {key}": value for key, value in score.parts.items()}}
         bad = [f"{name} is {value!r}" for name, value in named.items() if not _is_finite(value)]

@@ -239,7 +239,7 @@ class _Call:
 def _key(request: ScoreRequest) -> bytes:
     """What a score depends on."""
     prompt = request.prompt
-    words = json.dumps([prompt.text, prompt.metadata, request.verdict], sort_keys=True, default=repr)
+    words = json.dumps([prompt.id, prompt.text, prompt.metadata, request.verdict], sort_keys=True, default=repr)
     digest = hashlib.sha256(words.encode())
     for image in (request.image, request.source):
         if isinstance(image, np.ndarray):

@@ -148,7 +148,8 @@ class VLLMBackend:
     def write(self, queries: Sequence[Query], max_tokens: int) -> list[Answer]:
         def read(output: Any) -> Answer:
             with self._tokenizing:
-                return Answer(text=self.format.tokenizer.decode(output.token_ids, skip_special_tokens=True))
+                text = self.format.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+            return Answer(text=text, cut=output.finish_reason == "length")
 
         return self._run(self.prepare(queries), read, max_tokens=max_tokens, stop_token_ids=[self.format.end])
 

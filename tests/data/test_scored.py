@@ -229,9 +229,19 @@ def test_scores_go_on_only_with_what_they_depend_on(config: Config) -> None:
     config.reward[0].options = {}
     paint(Path(config.score.images).parent / "3.png", 200)
     assert told().startswith(f"score.out: {config.score.out} holds scores of other settings: images (")
+    assert "prompts (" not in told()
     assert list(score_problems(config)) == [told()]
     with pytest.raises(ScoredError, match="other settings"):
         begin(config.score.out, settings_of(config, load_rows(config.score)))
+
+
+@pytest.mark.parametrize(("key", "kind"), [("prompt", "prompts"), ("verdict", "verdicts")])
+def test_what_has_changed_of_the_rows_is_named(config: Config, key: str, kind: str) -> None:
+    begin(config.score.out, settings_of(config, load_rows(config.score)))
+    rows = [json.loads(line) for line in Path(config.score.images).read_text().splitlines()]
+    write(Path(config.score.images), *rows[:-1], rows[-1] | {key: "another"})
+    told = changed_settings(config.score.out, settings_of(config, load_rows(config.score)))
+    assert f"other settings: {kind} (" in told and told.count("->") == 1
 
 
 def test_where_a_served_judge_lives_changes_no_score(config: Config) -> None:

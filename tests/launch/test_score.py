@@ -62,6 +62,22 @@ def images(tmp_path: Path) -> list[str]:
     return [*scorer, "score.images=images", "score.world=0", "score.shard_size=2"]
 
 
+@pytest.mark.parametrize("script", ["score.py", "calibrate_judge.py"])
+def test_a_dry_run_names_what_is_wrong_with_a_scorer(tmp_path: Path, script: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    arguments = [
+        "--dry-run",
+        "score.images=.",
+        "score.world=0",
+        "calibrate.labels=checker",
+        "reward.0.scorer=decomposed",
+    ]
+    ended = launch(tmp_path, script, *arguments, "reward.0.options={questions: nowhere.jsonl}")
+    assert ended.returncode == 2
+    said = f"error: reward[judge].options.questions: {tmp_path / 'nowhere.jsonl'} is no .jsonl or .csv file; give one"
+    assert ended.stderr.strip() == said
+
+
 def test_every_wrong_input_is_one_line_before_torch_or_ray_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"image": "none.png", "prompt": "a cross"}\n')
     (tmp_path / "scores.jsonl").write_text('{"image": "none.png", "scores": {"judge": {"value": 1}}}\n')

@@ -19,6 +19,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -104,6 +105,7 @@ class JudgeServer:
     key:     demanded as bearer; None demands none.
     vllm:    whether there are /tokenize, logprob_token_ids and return_prompt_text.
     ends_lines: whether the chat template breaks the line after an image, as those of published InternVL checkpoints do.
+    says:    by path a status and a text that are the answer to whatever is asked there.
 
     requests, failed (by kind), most_at_once: what there was of chat requests. keys: the authorizations sent.
     read, body: the texts of each, as the template reads them; what the last one sent.
@@ -121,6 +123,7 @@ class JudgeServer:
         key: str | None = None,
         vllm: bool = True,
         ends_lines: bool = True,
+        says: Mapping[str, tuple[int, str]] | None = None,
         seed: int = 0,
         port: int = 0,
         judge: TinyJudge | None = None,
@@ -130,7 +133,7 @@ class JudgeServer:
             raise ValueError(f"fail: {unknown[0]!r} is unknown; take some of {', '.join(FAILURES)}")
         self.fail, self.share, self.every, self.heal = fail, share, every, heal
         self.hang_s, self.delay_s, self.retry_after, self.key, self.vllm = hang_s, delay_s, retry_after, key, vllm
-        self.ends_lines = ends_lines
+        self.ends_lines, self.says = ends_lines, says or {}
         self.model = str(resolve_path(JUDGE))
         self.requests, self.most_at_once = 0, 0
         self.failed: Counter[str] = Counter()
@@ -206,6 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self._refused():
             return
+        if self.path in server.says:
+            status, text = server.says[self.path]
+            return self._write(status, text.encode())
         if body.get("model") != server.model:
             self._reply(404, {"error": {"message": f"The model {body.get('model')!r} does not exist."}})
         elif self.path == "/tokenize" and server.vllm:

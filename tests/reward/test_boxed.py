@@ -20,13 +20,14 @@ from tests.reward.http_server import JudgeServer
 class Says:
     """Answers a chat with the words for the prompt that is in it; keeps what it was asked."""
 
-    def __init__(self, words: dict[str, str]) -> None:
-        self.words, self.asked = words, []
+    def __init__(self, words: dict[str, str], finish_reason: str = "stop") -> None:
+        self.words, self.finish_reason, self.asked = words, finish_reason, []
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(body)
         text = "".join(part.get("text", "") for part in body["messages"][-1]["content"])
-        return {"message": {"content": next(words for key, words in self.words.items() if f'"{key}"' in text)}}
+        words = next(words for key, words in self.words.items() if f'"{key}"' in text)
+        return {"message": {"content": words}, "finish_reason": self.finish_reason}
 
 
 def section(server: JudgeServer, **options) -> ScorerSection:
@@ -48,7 +49,9 @@ def ask(*prompts: str, size: tuple[int, int] = (48, 48)) -> list[ScoreRequest]:
         (r"\boxed{1} and then \boxed{maybe}", None),
         (r"\boxed{\text{1}}", None),
         (r"\boxed{10}", None),
-        (r"\boxed{ 1 }", None),
+        (r"\boxed{ 1 }", 1),
+        ("\\boxed{\n0\n}", 0),
+        (r"\boxed{1 0}", None),
         (r"\boxed{1", None),
         ("1", None),
         ("", None),
@@ -56,6 +59,17 @@ def ask(*prompts: str, size: tuple[int, int] = (48, 48)) -> list[ScoreRequest]:
 )
 def test_the_last_box_counts_and_only_an_exact_one_or_zero(text, value):
     assert boxed(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(r"I would say \boxed{1} only if all were there, but the third", None), (r"Thus $\boxed{1}$.", 1), ("Thus", None)],
+)
+def test_an_answer_that_is_cut_counts_only_if_it_ends_with_its_box(text, value):
+    assert boxed(text, cut=True) == value
+    with JudgeServer(judge=Says({"a cat": text}, finish_reason="length"), vllm=False) as server:
+        (score,) = score_all(build_scorer(section(server)), ask("a cat"))
+    assert score.value == value and (value is not None or "cut at max_tokens=1024" in score.error)
 
 
 def test_scores_are_one_and_zero_and_an_answer_without_a_box_is_missing_with_its_words():

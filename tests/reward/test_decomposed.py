@@ -121,7 +121,7 @@ def test_one_question_without_an_answer_makes_the_score_missing(book_file):
     first, second, third = score_all(judge(book_file, p_yes), ask(*prompts))
     assert first.missing and first.error == f"'Is there a mat?{SUFFIX}': timeout"
     assert second.value == 0.75
-    assert third.missing and third.error == "no questions about prompt 'p8'"
+    assert third.missing and third.error == "no questions about 'unknown'"
 
 
 def test_the_tiny_judge_answers_each_question_as_if_it_were_asked_alone(book_file):
@@ -159,14 +159,27 @@ def test_dpg_benchs_table_is_read_with_its_dependencies(tmp_path):
         "a2,A cat.,,1,0,entity,whole,entity - whole (cat),Is there a cat?\n"
     )
     book = QuestionBook(file)
-    found = book.find(Prompt("a1", "other words"))
+    found = book.find(Prompt("a1", "A dog, on a mat."))
     assert found == book.find(Prompt("other", "A dog,  on a mat."))
     assert [(q.id, q.parents, q.category) for q in found] == [
         ("1", (), "entity"),
         ("2", (), "entity"),
         ("3", ("1", "2"), "relation"),
     ]
-    assert book.find(Prompt("a2", ""))[0].text == "Is there a cat?"
+    assert book.find(Prompt("a2", "A cat."))[0].text == "Is there a cat?"
+
+
+def test_questions_about_another_text_are_not_asked_whatever_their_id(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    rows = [
+        {"id": "1", "prompt": "a red dog", "questions": [{"question": "Is there a dog?"}]},
+        {"id": "2", "prompt": "a blue cat", "questions": [{"question": "Is there a cat?"}]},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    scorer = DecomposedJudge(JUDGE, questions=file, device="cpu")
+    assert scorer.book.find(Prompt("1", "a blue  cat"))[0].text == "Is there a cat?"
+    (line,) = scorer.check([Prompt("2", "a green bird")])
+    assert line.startswith("prompt '2': no questions about 'a green bird' (those of its id are about 'a blue cat')")
 
 
 @pytest.mark.parametrize(
@@ -184,9 +197,17 @@ def test_dpg_benchs_table_is_read_with_its_dependencies(tmp_path):
 def test_a_bad_file_of_questions_is_one_line_with_its_place(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     section = ScorerSection(name="qa", scorer="decomposed", options={"questions": str(tmp_path / name)})
-    with pytest.raises(ConfigError, match=rf"reward\[qa\].questions: .*{message}") as error:
-        build_scorer(section, device="cpu")
+    with pytest.raises(ConfigError, match=rf"reward\[qa\].options.questions: .*{message}") as error:
+        check_scorers([section])
     assert "\n" not in str(error.value)
+
+
+def test_a_key_of_the_writer_that_is_not_set_is_told_with_its_field(tmp_path, monkeypatch):
+    monkeypatch.delenv("WRITER_KEY", raising=False)
+    writer = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "WRITER_KEY", "cache": str(tmp_path / "q")}
+    section = ScorerSection(name="qa", scorer="decomposed", options={"writer": writer})
+    with pytest.raises(ConfigError, match=r"reward\[qa\].options.writer.api_key_env: .*WRITER_KEY is not set"):
+        build_scorer(section, device="cpu")
 
 
 class Writes:

@@ -111,6 +111,7 @@ def test_thresholds_of_the_configuration_replace_the_detectors_own():
         ({"options": {"thresholds": 0.5}}, "thresholds: 0.5 is no mapping"),
         ({"options": {"micro_batch": 0}}, "options.micro_batch: 0; give a whole number from 1"),
         ({"path": None}, "path: null; give the folder of a Mask2Former"),
+        ({"path": "/not/there"}, "reward[found].path: no config.json in /not/there"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(change, message):

@@ -55,6 +55,19 @@ def test_relations_are_those_of_the_tiny_world():
     assert RELATIONS == scenes.RELATIONS
 
 
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({"include": ["dog"]}, "include[0]: 'dog'; give an object"),
+        ({"include": [want()], "exclude": [want(), 3]}, "exclude[1]: 3; give an object"),
+        ({"include": [want()], "exclude": want()}, "exclude: {'class': 'dog', 'count': 1}; give a list"),
+    ],
+)
+def test_metadata_of_another_shape_is_one_line(metadata, problem):
+    (line,) = metadata_problems(metadata)
+    assert line.startswith(problem)
+
+
 def official(metadata: dict, detections: list[Detection]) -> bool:
     """The steps of the official evaluator, one after the other."""
     least = 0.9 if metadata["tag"] == "counting" else 0.3

@@ -158,7 +158,7 @@ def test_a_bad_request_is_not_repeated_and_leaves_the_others_alone(tiny, local):
 def test_a_server_that_is_not_there_is_a_reason():
     backend = HTTPBackend(None, url="http://127.0.0.1:9/v1", model="judge", retries=1, backoff_s=0.01)
     (answer,) = backend.answer(ask(1))
-    assert "ConnectError" in answer.error and backend.counts["failed/connection"] == 2
+    assert answer.error.startswith("http://127.0.0.1:9/v1: ConnectError") and backend.counts["failed/connection"] == 2
 
 
 @pytest.mark.parametrize("as_date", [False, True])
@@ -191,6 +191,62 @@ def test_no_more_requests_are_under_way_than_allowed_over_all_threads(tiny):
         assert server.requests == 20 and server.most_at_once == 3
 
 
+def test_batches_of_several_threads_are_under_way_together_however_small_they_are(tiny):
+    queries = ask(12)
+    with JudgeServer(judge=tiny, delay_s=0.3) as server:
+        backend = connect(server, batch_size=2, concurrency=5)
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(lambda i: backend.answer(queries[2 * i : 2 * i + 2]), range(6)))
+        assert 2 < server.most_at_once <= 5
+
+
+class Odd(TinyJudge):
+    """Says of pictures of circles what no reader expects."""
+
+    def answer(self, body):
+        choice = super().answer(body)
+        if "circle" in str(body["messages"]):
+            choice["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = -(10**400)
+        return choice
+
+
+def test_an_answer_that_nobody_expects_leaves_the_others_of_its_batch_alone():
+    ((_, image),) = pictures(1)
+    with JudgeServer(judge=Odd()) as server:
+        backend = connect(server, retries=0)
+        odd, fine = backend.answer([Query.about("Is it a circle?", image), Query.about("Is it red?", image)])
+    assert odd.p_yes is None and "OverflowError" in odd.error
+    assert fine.p_yes is not None
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, "<!doctype html><title>an app</title>"), (501, "not implemented"), (500, "no")]
+)
+def test_a_server_with_something_else_at_tokenize_is_asked_as_one_without(tiny, local, answer):
+    queries = ask(3)
+    with JudgeServer(judge=tiny, vllm=False, says={"/tokenize": answer}) as server:
+        answers = connect(server).answer(queries)
+    np.testing.assert_allclose(values(answers), values(local.answer(queries)), atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "text", ["</s>", "<image>", "<video>", "<quad>", "</box>", "<ref>", "[UNUSED_TOKEN_140]", "<think>"]
+)
+def test_tokens_of_other_chat_formats_are_not_asked_either(text):
+    backend = HTTPBackend(None, url="http://127.0.0.1:9/v1", model="judge")
+    ((row,), _) = backend.prepare([Query((f"a cat {text}",))])
+    assert text in row.error
+
+
+def test_a_key_is_cut_out_of_an_error_before_the_error_is_cut(tiny, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    for said in (f"<html>{'.' * 50} Bearer {KEY}", f"{'.' * 270} Bearer {KEY}"):
+        with JudgeServer(judge=tiny, says={"/v1/chat/completions": (200, said)}) as server:
+            with pytest.raises(ServerError) as caught:
+                Endpoint(EndpointSettings(server.url, server.model, "JUDGE_KEY", retries=0)).chat("yes", 1)
+        assert KEY[:6] not in str(caught.value)
+
+
 def test_the_key_is_sent_as_bearer_and_is_in_no_error(tiny, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     monkeypatch.setenv("OTHER_KEY", f"{KEY}x")
@@ -214,7 +270,7 @@ def test_a_key_that_is_missing_or_none_is_told_before_anything_is_asked(monkeypa
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
     options = {"backend": "http", "engine": {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "JUDGE_KEY"}}
-    with pytest.raises(ConfigError, match=r"reward\[judge\].*api_key_env: .*JUDGE_KEY.*set it") as caught:
+    with pytest.raises(ConfigError, match=r"reward\[judge\].options.engine.api_key_env: .*JUDGE_KEY.*set it") as caught:
         build_scorer(ScorerSection(path=None, options=options))
     assert not value or value not in str(caught.value)
 
@@ -231,6 +287,11 @@ def test_a_key_that_is_missing_or_none_is_told_before_anything_is_asked(monkeypa
         ({"url": "http://host/v1", "model": "m", "timeout_s": 0}, "timeout_s: 0"),
         ({"url": "http://host/v1", "model": "m", "retries": -1}, "retries: -1"),
         ({"url": "http://host/v1", "model": "m", "extra": 3}, "extra: 3"),
+        (
+            {"url": "http://host/v1", "model": "m", "api_key_env": KEY},
+            "api_key_env: not the name of an environment var",
+        ),
+        ({"url": "http://host/v1", "model": "m", "api_key_env": "hf_secret"}, "api_key_env: not the name"),
         ({"url": "http://host/v1", "model": "m", "api_key": KEY}, "api_key: no setting of backend http"),
     ],
 )
@@ -280,6 +341,14 @@ def listed(**probabilities: float) -> dict[str, float]:
 def test_neither_yes_nor_no_in_the_list_is_a_reason_and_no_number():
     answer = judged(listed(The=0.9, It=0.05), (*YES, *NO), 1e-3)
     assert answer.p_yes is None and "neither yes nor no" in answer.error and "'The', 'It'" in answer.error
+
+
+@pytest.mark.parametrize("most", [-1e-9, -1e-6])
+def test_next_to_no_probability_for_yes_and_no_is_a_reason_and_no_number(most):
+    answer = judged(
+        {"The": most, "yes": -20.0, "Yes": -21.0, "YES": -22.0, "no": -20.0, "No": -21.0}, (*YES, *NO), 1e-3
+    )
+    assert answer.p_yes is None and "less than a millionth" in answer.error
 
 
 @pytest.mark.parametrize("logprob", [float("nan"), float("inf"), 3.0, True, "-1", None])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from rlpipe.config import ConfigError, ScorerSection
-from rlpipe.reward.scorer import build_scorer, check_scorers, score_all
+from rlpipe.reward.scorer import absolute_options, build_scorer, check_scorers, score_all
 from rlpipe.reward.simple import Brightness
 from rlpipe.types import Prompt, Score, ScoreRequest
 
@@ -82,13 +83,14 @@ def test_a_wrong_section_is_one_line_that_names_the_field(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_raising_scorer_gives_missing_scores_with_the_reason():
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+def test_a_raising_scorer_gives_missing_scores_with_the_reason(kind):
     def fail(requests):
-        raise RuntimeError("out of memory")
+        raise kind("out of memory")
 
     scores = score_all(Answering(fail), ask(plain(), plain()))
     assert [(s.id, s.value, s.error) for s in scores] == [
-        (f"r{i}", None, "RuntimeError: out of memory") for i in range(2)
+        (f"r{i}", None, f"{kind.__name__}: out of memory") for i in range(2)
     ]
 
 
@@ -109,9 +111,12 @@ def test_an_answer_of_the_wrong_length_or_type_makes_all_scores_missing(answer):
         Score("r1", None),
         Score("r0", 0.5),
         Score("r1", 0.5, {"detail": math.nan}),
+        Score("r1", 0.5, None),
+        Score("r1", 0.5, [1.0]),
+        Score("r1", 10**400),
         0.5,
     ],
-    ids=str,
+    ids=lambda bad: str(bad)[:60],
 )
 def test_one_bad_value_is_missing_and_leaves_its_neighbours_alone(bad):
     good = [Score("r0", np.float32(0.25)), bad, Score("r2", 1)]
@@ -126,6 +131,25 @@ def test_a_malformed_image_fails_alone_and_never_reaches_the_scorer():
     scores = score_all(Brightness(), requests)
     assert [s.value for s in scores] == [1.0, None, None, 0.0, None]
     assert "float32" in scores[1].error and "(8, 8)" in scores[2].error
+
+
+class Weighted(Threshold):
+    paths: ClassVar = {"weights": None, "inner.cache": "runs/cache"}
+
+    def __init__(self, weights: str | None = None, inner: dict | None = None) -> None:
+        super().__init__()
+
+
+def test_options_that_are_paths_are_made_absolute_where_the_run_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = ScorerSection(scorer=f"{__name__}:Weighted", options={"weights": "w", "inner": {"model": "m"}})
+    there = absolute_options(section)
+    assert there == {"weights": str(tmp_path / "w"), "inner": {"model": "m", "cache": str(tmp_path / "runs/cache")}}
+    assert section.options == {"weights": "w", "inner": {"model": "m"}}
+    assert absolute_options(ScorerSection(scorer=f"{__name__}:Weighted", options={"weights": "/w"})) == {
+        "weights": "/w"
+    }
+    assert absolute_options(ScorerSection(scorer="not.here:Scorer", options={"weights": "w"})) == {"weights": "w"}
 
 
 def test_no_requests_need_no_scorer():

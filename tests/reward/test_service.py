@@ -23,6 +23,16 @@ def ask(*values: int, text: str = "a circle", **fields: Any) -> list[ScoreReques
     return [ScoreRequest(f"{text}/{i}", Prompt("p", text), picture(v), **fields) for i, v in enumerate(values)]
 
 
+def test_equal_texts_of_different_prompts_are_different_requests():
+    class ByPrompt:
+        def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+            return [Score(r.id, float(r.prompt.id)) for r in requests]
+
+    requests = [ScoreRequest(i, Prompt(i, "a circle"), picture(0)) for i in ("1", "2")]
+    scores, _ = ScoreService(ByPrompt(), ScorerSection()).score(requests)
+    assert [score.value for score in scores] == [1.0, 2.0]
+
+
 class Mean:
     """Mean of the pixels, and every batch it was asked."""
 

@@ -41,4 +41,8 @@ def test_actors_get_absolute_paths_and_the_callers_configuration_stays_as_it_is(
     paths = (there.run.dir, there.policy.path, there.reference.path, there.reward[0].path)
     assert all(path.startswith("/") for path in paths)
     assert there.reference.path == there.policy.path
+    config.reward[0].scorer, config.reward[0].options = "decomposed", {"questions": "q.jsonl", "writer": {"model": "m"}}
+    options = with_absolute_paths(config).reward[0].options
+    assert options["questions"].startswith("/") and options["writer"]["cache"].startswith("/")
+    assert config.reward[0].options == {"questions": "q.jsonl", "writer": {"model": "m"}}
     assert config.run.dir == Config().run.dir and config.reward[0].path == Config().reward[0].path

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rlpipe.config import Config, ConfigError, ScorerSection
 from rlpipe.data.prompts import PromptError
-from rlpipe.data.scored import ScoredError
+from rlpipe.data.scored import ScoredError, score_problems
 from roles.batch import ScoresMissing
 from roles.scoring import calibrate_judge, score_images
 
@@ -84,6 +84,31 @@ def test_prompts_that_a_scorer_cannot_score_are_named_before_any_is_scored(confi
     with pytest.raises(PromptError, match=r"reward\[red\]: prompt four: no red in this world"):
         scored(config)
     assert not list(Path(config.score.out).glob("shards/*"))
+
+
+def test_every_prompt_is_shown_to_the_scorers_though_several_have_one_id(config: Config) -> None:
+    rows = rows_of(config)
+    rows[3] |= {"prompt": "unscorable", "id": "same"}
+    rows[4] |= {"id": "same"}
+    write(Path(config.score.images).parent, rows)
+    with pytest.raises(PromptError, match="prompt same: no red in this world"):
+        scored(config)
+
+
+def test_images_that_are_not_read_in_time_are_named(config: Config, monkeypatch) -> None:
+    monkeypatch.setattr("roles.scoring.READ_TIMEOUT_S", 0.0)
+    with pytest.raises(ScoredError, match=r"score\.images: .*png and .* more were not read within 0 s"):
+        scored(config)
+
+
+def test_scores_by_a_scorer_with_relative_paths_in_its_options_are_gone_on_with(config: Config) -> None:
+    circle = {"include": [{"class": "circle", "count": 1}]}
+    write(Path(config.score.images).parent, [row | {"metadata": circle} for row in rows_of(config)])
+    options = {"detector": "tiny", "clip": "relative/clip"}
+    config.reward[0] = ScorerSection(name="found", **{**RED, "scorer": "detector", "options": options})
+    config.score.max_failed_share = 1.0  # the images are none of the tiny world's
+    found = scored(config)
+    assert list(score_problems(config)) == [] and scored(config) == found
 
 
 def test_a_torn_shard_is_scored_again_and_finished_ones_are_not(config: Config, capfd) -> None:
