@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from rlpipe.policy.janus import JanusPolicy
-from rlpipe.rollout.kernels import Kernels
 
 CODES = 1 << 40
 """Added to a VQ code where a sequence mixes codes with vocabulary ids."""
@@ -62,40 +61,16 @@ class Cache:
         block.masked_fill_(~valid, torch.finfo(self.keys.dtype).min)
 
 
-class Linear:
-    """A matrix as the right factor of products, in the form that this device multiplies fastest by.
-
-    On a CPU that is oneDNN's own: in float32 it is twice as fast as torch's default on some processors.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        """weight [out, in]; it is copied."""
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
-        else:
-            self.weight = weight.t().contiguous()
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[R, out] of x [R, in]."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return x @ self.weight
-
-
-_TYPICAL_ROWS = 64
-
-
 @dataclass
 class _Layer:
-    """Fused copies of one layer's weights."""
+    """Fused copies of one layer's weights; [in, out] where they are the right factor of a product."""
 
     norm: torch.Tensor
-    qkv: Linear
-    out: Linear
+    qkv: torch.Tensor
+    out: torch.Tensor
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: torch.Tensor
+    down: torch.Tensor
 
 
 class Decoder:
@@ -109,8 +84,7 @@ class Decoder:
         hidden = decoder.extend(cache, policy.embed_text(tokens)[:, None], positions[:, None])   # [B, D]
     """
 
-    def __init__(self, policy: JanusPolicy, kernels: bool = True) -> None:
-        """kernels: use those of `kernels.py` where there are any; without them the same in plain torch."""
+    def __init__(self, policy: JanusPolicy) -> None:
         self.policy = policy
         self.model = policy.janus.model.language_model
         config = self.model.config
@@ -122,14 +96,13 @@ class Decoder:
         self.eps: float = config.rms_norm_eps
         self.activation = ACT2FN[config.hidden_act]
         self.max_positions: int = config.max_position_embeddings
-        self.device, self.dtype = policy.device, self.model.embed_tokens.weight.dtype
-        self.kernels = Kernels.load(config, self.head_dim, self.dtype, self.device) if kernels else None
         self.refresh()
 
     @torch.inference_mode()
     def refresh(self) -> None:
         """Copy the policy's present weights: the fused layers and the table of all code embeddings [K, D]."""
         policy = self.policy
+        self.device, self.dtype = policy.device, self.model.embed_tokens.weight.dtype
         self.layers = [self._fuse(layer) for layer in self.model.layers]
         self.norm = self.model.norm.weight.clone()
         self.code_table = policy.embed_codes(torch.arange(policy.codebook_size, device=self.device))
@@ -143,11 +116,11 @@ class Decoder:
         fused = [self._interleave(attention.q_proj.weight), self._interleave(attention.k_proj.weight)]
         return _Layer(
             norm=layer.input_layernorm.weight.clone(),
-            qkv=Linear(torch.cat([*fused, attention.v_proj.weight])),
-            out=Linear(attention.o_proj.weight),
+            qkv=torch.cat([*fused, attention.v_proj.weight]).t().contiguous(),
+            out=attention.o_proj.weight.t().contiguous(),
             mlp_norm=layer.post_attention_layernorm.weight.clone(),
-            gate_up=Linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
-            down=Linear(mlp.down_proj.weight),
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).t().contiguous(),
+            down=mlp.down_proj.weight.t().contiguous(),
         )
 
     def _interleave(self, weight: torch.Tensor) -> torch.Tensor:
@@ -211,45 +184,24 @@ class Decoder:
             cache.mark(valid)
         cache.length = end
         bias = self._bias(cache, width)
-        x, delta = embeddings.reshape(rows * width, size).clone(), None
+        rotation = self.rotation[positions].unsqueeze(2)  # [B, T, 1, head_dim / 2]
+        x = embeddings.reshape(rows * width, size).clone()
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._norm(x, delta, layer.norm))
             keys, values = cache.keys[index], cache.values[index]
-            if self.kernels is not None and width == 1:
-                attended = self.kernels.attend(qkv, self.rotation, positions, keys, values, start, cache.bias)
-            else:
-                last = width > 1 and index + 1 == len(self.layers)
-                if last:  # nobody reads the last layer's output anywhere but at the last position
-                    x = x.view(rows, width, size)[:, -1].contiguous()
-                    bias = None if bias is None else bias[:, :, -1:]
-                queries = self._write(qkv.view(rows, width, -1, self.head_dim), positions, keys, values, start)
-                queries = queries[:, -1:] if last else queries
-                attended = self._attend(queries, keys[:, :, :end], values[:, :, :end], bias)
-            delta = layer.out(attended)
-            delta = layer.down(self._gate(layer.gate_up(self._norm(x, delta, layer.mlp_norm))))
-        return self._norm(x, delta, self.norm)
-
-    def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        """Add `delta` to x [R, D] in place, where there is one; the norm of the sum."""
-        if self.kernels is not None:
-            return self.kernels.normalise(x, delta, weight, self.eps)
-        return F.rms_norm(x if delta is None else x.add_(delta), weight.shape, weight, self.eps)
-
-    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        if self.kernels is not None:
-            return self.kernels.gate(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.activation(gate).mul_(up)
-
-    def _write(
-        self, qkv: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
-    ) -> torch.Tensor:
-        """Keys and values of qkv [B, T, heads + 2 kv heads, head size] into the slots from `start`; its queries."""
-        end, rotation = start + qkv.shape[1], self.rotation[positions].unsqueeze(2)  # [B, T, 1, head size / 2]
-        qk = self._rotate(qkv[:, :, : self.heads + self.kv_heads], rotation)
-        keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
-        values[:, :, start:end] = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
-        return qk[:, :, : self.heads]
+            qkv = (self._rms(x, layer.norm) @ layer.qkv).view(rows, width, -1, self.head_dim)
+            qk = self._rotate(qkv[:, :, : self.heads + self.kv_heads], rotation)
+            keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
+            values[:, :, start:end] = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+            queries = qk[:, :, : self.heads]
+            if width > 1 and index + 1 == len(self.layers):
+                # nobody reads the last layer's output anywhere but at the last position
+                queries, x = queries[:, -1:], x.view(rows, width, size)[:, -1].contiguous()
+                bias = None if bias is None else bias[:, :, -1:]
+            attended = self._attend(queries, keys[:, :, :end], values[:, :, :end], bias)
+            x.addmm_(attended, layer.out)
+            gate, up = (self._rms(x, layer.mlp_norm) @ layer.gate_up).chunk(2, dim=-1)
+            x.addmm_(self.activation(gate).mul_(up), layer.down)
+        return self._rms(x, self.norm)
 
     def _bias(self, cache: Cache, width: int) -> torch.Tensor | None:
         """What is added to the scores: [B or 1, 1, T, slots so far]; None if every query sees every slot."""
@@ -260,6 +212,9 @@ class Decoder:
         causal = torch.full((width, cache.length), low, dtype=self.dtype, device=self.device)
         causal = causal.triu_(cache.length - width + 1)[None, None]
         return causal if bias is None else torch.minimum(causal, bias)
+
+    def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _rotate(self, qk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         """Rotary positions, in float32 and in place where the type allows: [B, T, heads, head_dim]."""
