@@ -34,7 +34,7 @@ from workloads import judge_step, learner_step
 from rlpipe.rollout.decoder import Decoder
 from rlpipe.types import Sampling
 
-DECODERS: dict[str, dict] = {"default": {}}
+DECODERS: dict[str, dict] = {"eager": {"graphs": False}, "graphs": {"graphs": True}}
 """Keywords of `Decoder` by the name of the mode that they choose."""
 FULL_RUN = {
     "agreement": [("tiny", "float32", 8), ("small", "float32", 4), ("small", "bfloat16", 8), ("1b", "bfloat16", 8)],

@@ -10,19 +10,18 @@ second were the first. Positions count no padding. `redraw` starts where the ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from rlpipe.policy.guidance import guide
+from rlpipe.policy.janus import JanusPolicy
 from rlpipe.rollout.decoder import Cache, Decoder
+from rlpipe.rollout.graphs import StaticSteps
 from rlpipe.rollout.sampling import choose, noise
 from rlpipe.types import Sampling
-
-PIXEL_BATCH = 16
-"""Images that go through the VQ tokenizer or the vision tower at once."""
 
 
 class Drawn(NamedTuple):
@@ -114,7 +113,7 @@ class Batch:
         """Every row's reflection on its newest image, uint8 [B, H, W, 3]."""
         ids = torch.tensor(self.templates.look, device=self.device)
         words = self.policy.embed_text(ids).expand(len(self.rows), -1, -1)
-        block = torch.cat([in_chunks(self.policy.embed_pixels, images), words], dim=1)
+        block = torch.cat([in_chunks(self.policy, "embed_pixels", images), words], dim=1)
         positions = self.starts[:, None] + torch.arange(block.shape[1], device=self.device)
         valid = None
         if self.looking is None:
@@ -169,7 +168,7 @@ class Batch:
         everything = self.sampling.history == "all"
         beside, prompts = self._with_twins(index, present), self._with_twins(self.rows, len(self.lengths))
         if self.sampling.redraw_context == "reencoded":
-            codes = in_chunks(self.policy.encode_pixels, images[index])
+            codes = in_chunks(self.policy, "encode_pixels", images[index])
             if everything:
                 return codes, self.drawing.rewound(self.image_slot), beside
         elif everything or self.round == 0:
@@ -205,20 +204,15 @@ class Batch:
 
     def _image(self, cache: Cache, hidden: torch.Tensor, positions: torch.Tensor) -> Drawn:
         """One image per row: `hidden` [B or 2 B, D] stands before its first token, `positions` [B] at it."""
-        sampling, count = self.sampling, self.num_image_tokens
+        count = self.num_image_tokens
         chance = noise(self._seeds(), 2 * self.round, count, self.device).t().contiguous()
         positions = self._pair(positions)[:, None]
+        if self.decoder.graphs:
+            drawn = StaticSteps(self.decoder, cache, hidden, positions, self._code).run(chance)
+            return Drawn(*(part.t().contiguous() for part in drawn))
         tokens, logprobs = [], []
         for step in range(count):
-            logits = self.policy.image_logits(hidden)
-            conditional, unconditional = logits.chunk(2) if self.guided else (logits, None)
-            token, logprob = choose(
-                guide(conditional, unconditional, sampling.guidance),
-                chance[step],
-                sampling.image_temperature,
-                sampling.image_top_k,
-                sampling.image_top_p,
-            )
+            token, logprob = self._code(self.decoder.image_logits(hidden), chance[step])
             tokens.append(token)
             logprobs.append(logprob)
             if step + 1 < count:
@@ -226,11 +220,18 @@ class Batch:
                 hidden = self.decoder.extend(cache, embedding, positions + step)
         return Drawn(torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
+    def _code(self, logits: torch.Tensor, chance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One VQ code per row and its log-prob, of the logits [B or 2 B, K] of both halves of guided pairs."""
+        sampling = self.sampling
+        conditional, unconditional = logits.chunk(2) if self.guided else (logits, None)
+        how = (sampling.image_temperature, sampling.image_top_k, sampling.image_top_p)
+        return choose(guide(conditional, unconditional, sampling.guidance), chance, *how)
+
     def _verdicts(self, hidden: torch.Tensor, chance: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """P(yes) among {Yes, No}, the first token of each reflection, and its log-prob (NaN by a threshold)."""
         sampling = self.sampling
         answers = torch.tensor([self.templates.yes, self.templates.no], device=self.device)
-        logits = self.policy.text_logits(hidden)[:, answers].float()
+        logits = self.decoder.text_logits(hidden)[:, answers]
         p_yes = logits.softmax(-1)[:, 0]
         if sampling.verdict_threshold is not None:
             return p_yes, answers[(p_yes <= sampling.verdict_threshold).long()], torch.full_like(p_yes, torch.nan)
@@ -251,7 +252,7 @@ class Batch:
         for step in range(1, limit):
             embedding = self.policy.embed_text(tokens[step - 1, active])[:, None]
             hidden = self.decoder.extend(cache, embedding, positions[active, None] + step - 1)
-            logits = self.policy.text_logits(hidden).float()
+            logits = self.decoder.text_logits(hidden)
             token, logprob = choose(logits, chance[step, active], *how)
             tokens[step, active], logprobs[step, active] = token, logprob
             ended = (tokens[1 : step + 1, active] == eos).any(0)
@@ -280,12 +281,21 @@ def without_end(tokens: np.ndarray, eos: int) -> np.ndarray:
     return tokens[:-1] if tokens[-1] == eos else tokens
 
 
-def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """`function` of all rows, PIXEL_BATCH at a time.
+def in_chunks(policy: JanusPolicy, method: str, rows: torch.Tensor) -> torch.Tensor:
+    """What the policy's `decode_codes`, `encode_pixels` or `embed_pixels` makes of all rows, some at a time.
 
     Every chunk has the same size: a convolution's last bit depends on its batch size, and where pixels are
     rounded or codes compared such a bit can become another pixel or code.
     """
-    padding = -len(rows) % PIXEL_BATCH
-    padded = torch.cat([rows, rows[:1].expand(padding, *rows.shape[1:])])
-    return torch.cat([function(chunk) for chunk in padded.split(PIXEL_BATCH)])[: len(rows)]
+    size = _chunk(policy)
+    padded = torch.cat([rows, rows[:1].expand(-len(rows) % size, *rows.shape[1:])])
+    return torch.cat([getattr(policy, method)(chunk) for chunk in padded.split(size)])[: len(rows)]
+
+
+def _chunk(policy: JanusPolicy) -> int:
+    """Images at once: 16, fewer large ones on a CPU, where one of 384 pixels is enough to keep it busy."""
+    at_once = _CPU_PIXELS // policy.image_size**2 if policy.device.type == "cpu" else 16
+    return min(max(at_once, 1), 16)
+
+
+_CPU_PIXELS = 16 * 64 * 64

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.activations import ACT2FN
 
 from rlpipe.policy.janus import JanusPolicy
+from rlpipe.rollout.kernels import Kernels
+from rlpipe.rollout.linear import Linear
 
 CODES = 1 << 40
 """Added to a VQ code where a sequence mixes codes with vocabulary ids."""
@@ -63,14 +66,14 @@ class Cache:
 
 @dataclass
 class _Layer:
-    """Fused copies of one layer's weights; [in, out] where they are the right factor of a product."""
+    """Fused copies of one layer's weights."""
 
     norm: torch.Tensor
-    qkv: torch.Tensor
-    out: torch.Tensor
+    qkv: Linear
+    out: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class Decoder:
@@ -84,8 +87,13 @@ class Decoder:
         hidden = decoder.extend(cache, policy.embed_text(tokens)[:, None], positions[:, None])   # [B, D]
     """
 
-    def __init__(self, policy: JanusPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: JanusPolicy, kernels: bool = True, graphs: bool = False) -> None:
+        """How it runs, not what it yields.
+
+        kernels: use those of `kernels.py` where there are any; without them the same in plain torch.
+        graphs:  draw images in static shapes, see `graphs.py`.
+        """
+        self.policy, self.graphs = policy, graphs
         self.model = policy.janus.model.language_model
         config = self.model.config
         if config.attention_bias or config.mlp_bias:
@@ -96,32 +104,58 @@ class Decoder:
         self.eps: float = config.rms_norm_eps
         self.activation = ACT2FN[config.hidden_act]
         self.max_positions: int = config.max_position_embeddings
-        self.refresh()
+        self.device, self.dtype = policy.device, self.model.embed_tokens.weight.dtype
+        self.kernels = Kernels.load(config, self.head_dim, self.dtype, self.device) if kernels else None
+        with torch.inference_mode():
+            self.layers = [
+                _Layer(**{name: Linear(w) if w.ndim == 2 else w.clone() for name, w in self._fused(layer).items()})
+                for layer in self.model.layers
+            ]
+            self.norm = self.model.norm.weight.clone()
+            self.project, self.classify, self.speak = (
+                Linear(module.weight, module.bias, wide) for module, wide in self._heads()
+            )
+            self.code_table = self._code_embeddings().clone()  # [codes, D]
+            self.rotation = self._rotation()
 
     @torch.inference_mode()
     def refresh(self) -> None:
-        """Copy the policy's present weights: the fused layers and the table of all code embeddings [K, D]."""
-        policy = self.policy
-        self.device, self.dtype = policy.device, self.model.embed_tokens.weight.dtype
-        self.layers = [self._fuse(layer) for layer in self.model.layers]
-        self.norm = self.model.norm.weight.clone()
-        self.code_table = policy.embed_codes(torch.arange(policy.codebook_size, device=self.device))
-        positions = torch.arange(self.max_positions, device=self.device)[None]
-        cos, sin = self.model.rotary_emb(torch.empty(1, device=self.device), positions)
-        half = self.head_dim // 2
-        self.rotation = torch.complex(cos[0, :, :half], sin[0, :, :half])  # [positions, head_dim / 2]
+        """Copy the policy's present weights, in place where the device's form of them allows."""
+        for held, layer in zip(self.layers, self.model.layers, strict=True):
+            for name, weight in self._fused(layer).items():
+                place = getattr(held, name)
+                place.refresh(weight) if isinstance(place, Linear) else place.copy_(weight)
+        self.norm.copy_(self.model.norm.weight)
+        for held, (module, _) in zip((self.project, self.classify, self.speak), self._heads(), strict=True):
+            held.refresh(module.weight, module.bias)
+        self.code_table.copy_(self._code_embeddings())
 
-    def _fuse(self, layer: torch.nn.Module) -> _Layer:
+    def _heads(self) -> tuple[tuple[nn.Linear, bool], ...]:
+        """The linear layers behind the language model, and whether what they yield are logits."""
+        head = self.policy.part("generation_head")
+        return (head.proj_out, False), (head.vision_head, True), (self.policy.janus.lm_head, True)
+
+    def _code_embeddings(self) -> torch.Tensor:
+        return self.policy.embed_codes(torch.arange(self.policy.codebook_size, device=self.device))
+
+    def _rotation(self) -> torch.Tensor:
+        """complex64 [positions, head size / 2], of numbers that the policy's type can hold as in transformers."""
+        positions = torch.arange(self.max_positions, device=self.device)[None]
+        turns = self.model.rotary_emb(torch.empty(1, device=self.device), positions)
+        return torch.complex(*(turn[0, :, : self.head_dim // 2].to(self.dtype).float() for turn in turns))
+
+    def _fused(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of `_Layer`, matrices [out, in]."""
         attention, mlp = layer.self_attn, layer.mlp
-        fused = [self._interleave(attention.q_proj.weight), self._interleave(attention.k_proj.weight)]
-        return _Layer(
-            norm=layer.input_layernorm.weight.clone(),
-            qkv=torch.cat([*fused, attention.v_proj.weight]).t().contiguous(),
-            out=attention.o_proj.weight.t().contiguous(),
-            mlp_norm=layer.post_attention_layernorm.weight.clone(),
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).t().contiguous(),
-            down=mlp.down_proj.weight.t().contiguous(),
-        )
+        queries_keys = [self._interleave(attention.q_proj.weight), self._interleave(attention.k_proj.weight)]
+        return {
+            "norm": layer.input_layernorm.weight,
+            "qkv": torch.cat([*queries_keys, attention.v_proj.weight]),
+            "out": attention.o_proj.weight,
+            "mlp_norm": layer.post_attention_layernorm.weight,
+            "gate_up": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            "down": mlp.down_proj.weight,
+        }
 
     def _interleave(self, weight: torch.Tensor) -> torch.Tensor:
         """Reorder each head's channels so that the two of a rotary pair are neighbours, one complex number.
@@ -184,24 +218,81 @@ class Decoder:
             cache.mark(valid)
         cache.length = end
         bias = self._bias(cache, width)
-        rotation = self.rotation[positions].unsqueeze(2)  # [B, T, 1, head_dim / 2]
-        x = embeddings.reshape(rows * width, size).clone()
+        positions = positions.contiguous()
+        x, delta = embeddings.reshape(rows * width, size).clone(), None
         for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(self._norm(x, delta, layer.norm))
             keys, values = cache.keys[index], cache.values[index]
-            qkv = (self._rms(x, layer.norm) @ layer.qkv).view(rows, width, -1, self.head_dim)
-            qk = self._rotate(qkv[:, :, : self.heads + self.kv_heads], rotation)
-            keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
-            values[:, :, start:end] = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
-            queries = qk[:, :, : self.heads]
-            if width > 1 and index + 1 == len(self.layers):
-                # nobody reads the last layer's output anywhere but at the last position
-                queries, x = queries[:, -1:], x.view(rows, width, size)[:, -1].contiguous()
-                bias = None if bias is None else bias[:, :, -1:]
-            attended = self._attend(queries, keys[:, :, :end], values[:, :, :end], bias)
-            x.addmm_(attended, layer.out)
-            gate, up = (self._rms(x, layer.mlp_norm) @ layer.gate_up).chunk(2, dim=-1)
-            x.addmm_(self.activation(gate).mul_(up), layer.down)
-        return self._rms(x, self.norm)
+            if self.kernels is not None and width == 1:
+                attended = self.kernels.attend(qkv, self.rotation, positions, keys, values, start, cache.bias)
+            else:
+                last = width > 1 and index + 1 == len(self.layers)
+                if last:  # nobody reads the last layer's output anywhere but at the last position
+                    x = x.view(rows, width, size)[:, -1].contiguous()
+                    bias = None if bias is None else bias[:, :, -1:]
+                queries = self._write(qkv.view(rows, width, -1, self.head_dim), positions, keys, values, start)
+                queries = queries[:, -1:] if last else queries
+                attended = self._attend(queries, keys[:, :, :end], values[:, :, :end], bias)
+            delta = layer.out(attended)
+            delta = layer.down(self._gate(layer.gate_up(self._norm(x, delta, layer.mlp_norm))))
+        return self._norm(x, delta, self.norm)
+
+    @torch.inference_mode()
+    def extend_at(
+        self, cache: Cache, embeddings: torch.Tensor, positions: torch.Tensor, slot: torch.Tensor, limit: int
+    ) -> torch.Tensor:
+        """`extend` by one input per row, in shapes that no step changes: for `graphs.py`.
+
+        slot: int64 [1], where it goes; cache.length is neither read nor changed. limit: slots that are looked at,
+        of which those behind `slot` are masked.
+        """
+        unwritten = torch.arange(limit, device=self.device) > slot
+        written = embeddings.new_zeros(limit).masked_fill_(unwritten, torch.finfo(self.dtype).min)
+        bias = written if cache.bias is None else torch.minimum(cache.bias[..., :limit], written)
+        bias = bias.expand(len(embeddings), 1, 1, limit)
+        x, delta = embeddings[:, 0].clone(), None
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(self._norm(x, delta, layer.norm)).view(len(x), 1, -1, self.head_dim)
+            keys, values = cache.keys[index], cache.values[index]
+            rotated = self._rotate(qkv[:, :, : self.heads + self.kv_heads], self.rotation[positions].unsqueeze(2))
+            keys.index_copy_(2, slot, rotated[:, :, self.heads :].transpose(1, 2))
+            values.index_copy_(2, slot, qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2))
+            queries = rotated[:, :, : self.heads]
+            delta = layer.out(self._attend(queries, keys[:, :, :limit], values[:, :, :limit], bias))
+            delta = layer.down(self._gate(layer.gate_up(self._norm(x, delta, layer.mlp_norm))))
+        return self._norm(x, delta, self.norm)
+
+    @torch.inference_mode()
+    def image_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [R, K] of hidden states [R, D]."""
+        return self.classify(self.policy.part("generation_head").activation_fn(self.project(hidden)))
+
+    @torch.inference_mode()
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [R, V] of hidden states [R, D]."""
+        return self.speak(hidden)
+
+    def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        """Add `delta` to x [R, D] in place, where there is one; the norm of the sum."""
+        if self.kernels is not None:
+            return self.kernels.normalise(x, delta, weight, self.eps)
+        return F.rms_norm(x if delta is None else x.add_(delta), weight.shape, weight, self.eps)
+
+    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self.kernels is not None:
+            return self.kernels.gate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate).mul_(up)
+
+    def _write(
+        self, qkv: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Keys and values of qkv [B, T, heads + 2 kv heads, head size] into the slots from `start`; its queries."""
+        end, rotation = start + qkv.shape[1], self.rotation[positions].unsqueeze(2)  # [B, T, 1, head size / 2]
+        qk = self._rotate(qkv[:, :, : self.heads + self.kv_heads], rotation)
+        keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
+        values[:, :, start:end] = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        return qk[:, :, : self.heads]
 
     def _bias(self, cache: Cache, width: int) -> torch.Tensor | None:
         """What is added to the scores: [B or 1, 1, T, slots so far]; None if every query sees every slot."""
@@ -213,13 +304,14 @@ class Decoder:
         causal = causal.triu_(cache.length - width + 1)[None, None]
         return causal if bias is None else torch.minimum(causal, bias)
 
-    def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
-
     def _rotate(self, qk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        """Rotary positions, in float32 and in place where the type allows: [B, T, heads, head_dim]."""
-        turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))).mul_(rotation)
-        return torch.view_as_real(turned).flatten(-2).to(qk.dtype)
+        """Rotary positions of [B, T, heads, head size]; rounded where transformers rounds."""
+        pairs = qk.unflatten(-1, (-1, 2))
+        if self.dtype == torch.float32:
+            return torch.view_as_real(torch.view_as_complex(pairs).mul_(rotation)).flatten(-2)
+        turn = torch.view_as_real(rotation).to(self.dtype)
+        crossed = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1)
+        return (pairs * turn[..., :1] + crossed * turn[..., 1:]).flatten(-2)
 
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None

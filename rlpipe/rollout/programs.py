@@ -125,7 +125,7 @@ def introspect_rounds(
             for row, codes in zip(rows, contexts.cpu().numpy(), strict=True):
                 newest = stories[row].segments[-2]
                 stories[row].segments[-2] = replace(newest, context_ids=codes)
-        images = in_chunks(decoder.policy.decode_codes, drawn.tokens)
+        images = in_chunks(decoder.policy, "decode_codes", drawn.tokens)
     return [
         Rollout(
             Trajectory(
@@ -245,7 +245,7 @@ def _encoded(policy: JanusPolicy, images: Sequence[np.ndarray]) -> list[np.ndarr
         if image.shape != (size, size, 3) or image.dtype != np.uint8:
             raise ValueError(f"edit: a source image is {image.dtype} {image.shape}; give uint8 ({size}, {size}, 3)")
     distinct = {image.tobytes(): image for image in images}
-    codes = in_chunks(policy.encode_pixels, torch.from_numpy(np.stack(list(distinct.values()))))
+    codes = in_chunks(policy, "encode_pixels", torch.from_numpy(np.stack(list(distinct.values()))))
     known = dict(zip(distinct, codes.cpu().numpy(), strict=True))
     return [known[image.tobytes()] for image in images]
 
@@ -285,7 +285,7 @@ def _captioned(
 def _draw(batch: Batch) -> tuple[Drawn, torch.Tensor]:
     """The first images of all rows: tokens, and pixels uint8 [B, H, W, 3]."""
     drawn = batch.draw()
-    return drawn, in_chunks(batch.policy.decode_codes, drawn.tokens)
+    return drawn, in_chunks(batch.policy, "decode_codes", drawn.tokens)
 
 
 def _tell(stories: list[_Story], rows: list[int], drawn: Drawn, images: torch.Tensor) -> np.ndarray:

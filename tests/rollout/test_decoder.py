@@ -129,6 +129,7 @@ def test_refresh_takes_over_new_weights_and_nothing_of_the_old(tiny_policy):
     policy = copy.deepcopy(tiny_policy)
     decoder = Decoder(policy)
     _, before = decoder.prefill([[8, 9, 10]], slots=3)
+    places = [decoder.norm.data_ptr(), decoder.code_table.data_ptr(), decoder.layers[0].norm.data_ptr()]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in policy.parameters():
@@ -139,6 +140,9 @@ def test_refresh_takes_over_new_weights_and_nothing_of_the_old(tiny_policy):
     assert float((after - before).abs().max()) > 1e-2
     assert torch.equal(after, fresh.prefill([[8, 9, 10]], slots=3)[1])
     assert torch.equal(decoder.code_table, fresh.code_table)
+    assert torch.equal(decoder.image_logits(after), fresh.image_logits(after))
+    assert torch.equal(decoder.text_logits(after), fresh.text_logits(after))
+    assert places == [decoder.norm.data_ptr(), decoder.code_table.data_ptr(), decoder.layers[0].norm.data_ptr()]
     torch.testing.assert_close(after[0], full_hidden(policy, [8, 9, 10])[-1], atol=1e-5, rtol=1e-5)
 
 
