@@ -314,7 +314,9 @@ def test_a_stream_that_is_lost_midway_starts_again_on_another_actor(tmp_path, en
         await pool.start()
         stream, attempts = follow(pool, 3, str(tmp_path / "marker"), end, timeout_s=timeout_s)
         await stream
-        assert [[record for record, _ in attempt] for attempt in attempts] == [[0], [0, 1, 2]]
+        lost, whole = [[record for record, _ in attempt] for attempt in attempts]
+        # What an actor sent right before its end may be lost with it.
+        assert lost in ([0], [] if end == "die" else [0]) and whole == [0, 1, 2]
         assert counts_of(pool) == (1, 1, 0)
         pool.close()
 
