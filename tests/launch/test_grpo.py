@@ -80,6 +80,7 @@ def ended_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, s
     return process.returncode, output
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_that_is_terminated_saves_itself_and_the_same_command_finishes_it(
     tiny_policy_path: Path, tmp_path: Path

@@ -97,6 +97,7 @@ def test_a_client_without_the_token_is_refused(head):
     assert "token" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_submitted_job_trains_on_the_running_cluster(head, tmp_path, tiny_policy_path):
     (tmp_path / "prompts.txt").write_text("a photo of a red circle\na photo of two blue squares\n")

@@ -288,6 +288,7 @@ def test_a_config_of_unequal_widths_is_refused(original_path, tmp_path):
         JanusPolicy.load(path)
 
 
+@pytest.mark.slow
 def test_the_export_command_merges_an_overlay_and_changes_the_layout(original_path, tmp_path):
     save_file({"lm_head.weight": torch.zeros(shapes_of_head(original_path))}, tmp_path / "overlay.safetensors")
     command = [sys.executable, "launch/export.py", "--policy", original_path, "--out", tmp_path / "out"]

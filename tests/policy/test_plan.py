@@ -81,6 +81,7 @@ def test_the_table_names_every_part_and_on_request_every_parameter():
     assert all(row.name in long for row in plan.rows) and plan.rows[0].name not in short
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_names_a_missing_model():
     command = [sys.executable, "launch/plan.py", "--json", "--model"]
     done = subprocess.run(

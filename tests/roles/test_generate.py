@@ -196,6 +196,7 @@ def kill_a_worker(folder: Path) -> None:
     next(child for child in children if "MapWorker" in "".join(child.cmdline())).kill()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_workers_of_which_one_dies_give_the_images_of_one(config, cluster, capsys):
     alone, beside = elsewhere(config, "alone", batch_size=8), elsewhere(config, "beside", batch_size=1)
@@ -212,6 +213,7 @@ def test_two_workers_of_which_one_dies_give_the_images_of_one(config, cluster, c
     assert generate(beside) == found
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_what_a_worker_cannot_do_is_told_in_one_line_and_the_rest_goes_on_later(config, cluster, tmp_path):
     folder = tmp_path / "images"

@@ -157,6 +157,7 @@ def test_failures_of_every_kind_are_tried_again_and_counted_and_change_nothing(o
     assert sum(row["failures/judge/missing"] for row in rows) == 0
 
 
+@pytest.mark.slow
 def test_a_scorer_that_hangs_is_replaced_and_asked_again(office, undisturbed, tmp_path) -> None:
     options = {"marker": str(tmp_path / "marker")}
     pools = with_scorer(office, 1, scorer="role_scorers:HangsOnce", options=options, timeout_s=2.0)

@@ -48,6 +48,7 @@ def scored(config: Config) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_row_has_the_scores_of_every_scorer_and_their_sum(config: Config) -> None:
     config.reward[0].weight, config.reward[0].replicas = 0.5, 2
     config.reward.append(ScorerSection(name="bright", weight=1.0, **{**RED, "scorer": "brightness"}))
@@ -58,6 +59,7 @@ def test_every_row_has_the_scores_of_every_scorer_and_their_sum(config: Config) 
         assert row["note"] == i and row["prompt"] == f"red {i}" and Path(row["image"]).name == f"{i}.png"
 
 
+@pytest.mark.slow
 def test_what_has_no_score_is_missing_with_the_reason_and_is_asked_again_on_demand(config: Config, capfd) -> None:
     rows, folder = rows_of(config), Path(config.score.images).parent
     rows[4]["prompt"] = "nan"
@@ -111,6 +113,7 @@ def test_scores_by_a_scorer_with_relative_paths_in_its_options_are_gone_on_with(
     assert list(score_problems(config)) == [] and scored(config) == found
 
 
+@pytest.mark.slow
 def test_a_torn_shard_is_scored_again_and_finished_ones_are_not(config: Config, capfd) -> None:
     whole = scored(config)
     shards = sorted((Path(config.score.out) / "shards").iterdir())
