@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from rlpipe.config import ConfigError, parse_args
+from rlpipe.config import parse_args
 
 
 def main() -> int:
     config, dry_run = parse_args("Reinforcement learning with GRPO, then the table on held-out prompts.")
     if dry_run:
         from rlpipe.policy.plan import make_plan, plan_table
-        from rlpipe.reward.scorer import check_scorers
+        from rlpipe.reward.scorer import scorers_fit
 
-        try:
-            check_scorers(config.reward)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
+        if not scorers_fit(config.reward):
             return 2
         # As comments, so that what is printed is still the configuration.
         print(*(f"# {line}".rstrip() for line in plan_table(make_plan(config)).splitlines()), sep="\n")

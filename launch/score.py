@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from rlpipe.config import ConfigError, parse_args
+from rlpipe.config import parse_args
 
 
 def main() -> int:
     config, dry_run = parse_args("Score a folder or a list of images.", "configs/tiny_score.yaml", job="score")
     if dry_run:
-        from rlpipe.reward.scorer import check_scorers
+        from rlpipe.reward.scorer import scorers_fit
 
-        try:
-            check_scorers(config.reward)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        return 0
+        return 0 if scorers_fit(config.reward) else 2
     # Torch and Ray are loaded only for a configuration that can be run.
     from roles.jobs import run_job
     from roles.scoring import score

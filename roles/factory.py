@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +24,10 @@ from rlpipe.rollout.programs import draw_only
 from rlpipe.types import Rollout, ScoreRequest
 from roles.batch import ScoresMissing
 from roles.group import ActorPool, RoleError
+from roles.lanes import in_lanes, stopping
 from roles.placement import Demand, connect, with_absolute_paths
 from roles.reward import RewardActor, longest_s
 from roles.rollout import RolloutWorker
-from roles.trainer import Stopped
 from roles.work import GroupRequest, sampling_of, trajectory_seed
 
 LOSSES = 3
@@ -213,12 +211,7 @@ async def _run(
             progress.add(record)
 
     lanes = config.rollout.workers + config.reward[0].replicas
-    tasks = [asyncio.ensure_future(lane()) for _ in range(lanes)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    await in_lanes(lane, lanes)
 
 
 async def _label(config: Config, shard: Shard, workers: ActorPool | None, judges: ActorPool) -> LabelRecord:
@@ -257,25 +250,3 @@ def _refuse_too_many_missing(config: Config, shard: Shard, record: LabelRecord) 
             f"{shard.source}/{shard.index} have no label, a larger share than factory.max_failed_share="
             f"{config.factory.max_failed_share:g}; last reason: {record.reason}"
         )
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """Within: SIGTERM and ctrl-C end the job with Stopped; shards that are not finished are made again."""
-    loop, task, stopped = asyncio.get_running_loop(), asyncio.current_task(), []
-
-    def stop(signum: int) -> None:
-        stopped.append(signum)
-        task.cancel()
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop, signum)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if stopped:
-            raise Stopped(stopped[0]) from None
-        raise
-    finally:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(signum)

@@ -16,7 +16,6 @@ import ray
 
 from rlpipe.config import Config, ScorerSection
 from rlpipe.data.labels import write_rows
-from rlpipe.data.prompts import PromptError
 from rlpipe.data.scored import (
     ScoredError,
     Shard,
@@ -36,12 +35,12 @@ from rlpipe.observe.calibration import picture, print_calibration
 from rlpipe.paths import resolve_path
 from rlpipe.reward.scorer import resolve_scorer
 from rlpipe.reward.service import ScoreCounts
-from rlpipe.types import Score
+from rlpipe.types import Prompt, Score
 from roles.batch import ScoresMissing
-from roles.factory import stopping
 from roles.group import ActorPool
+from roles.lanes import in_lanes, stopping
 from roles.placement import Demand, connect, with_absolute_paths
-from roles.pools import scorer_pools
+from roles.pools import refuse_prompts, scorer_pools
 from roles.reward import longest_s, slots
 
 READ_TIMEOUT_S = 600.0
@@ -122,7 +121,7 @@ async def _score_shards(config: Config, shards: list[Shard], progress: Progress)
     try:
         with stopping():
             await asyncio.gather(*(pool.start() for pool in pools))
-            await _refuse_prompts(config, shards, pools)
+            await refuse_prompts(config.reward, _distinct_prompts(shards), pools)
             progress.start()
             await _run(config, shards, pools, progress)
             progress.end()
@@ -131,17 +130,10 @@ async def _score_shards(config: Config, shards: list[Shard], progress: Progress)
             pool.close()
 
 
-async def _refuse_prompts(config: Config, shards: list[Shard], pools: list[ActorPool]) -> None:
-    """Raise PromptError where a scorer says that it cannot score a prompt."""
-    rows = (row for shard in shards for row in shard.rows)
-    prompts = list({json.dumps(asdict(row.prompt), sort_keys=True, default=str): row.prompt for row in rows}.values())
-    checks = (
-        pool.call("check", prompts, timeout_s=scorer.timeout_s)
-        for pool, scorer in zip(pools, config.reward, strict=True)
-    )
-    problems = [line for lines in await asyncio.gather(*checks) for line in lines]
-    if problems:
-        raise PromptError(problems)
+def _distinct_prompts(shards: Sequence[Shard]) -> list[Prompt]:
+    """Each prompt of the rows once; rows of one id may differ in the rest."""
+    prompts = (row.prompt for shard in shards for row in shard.rows)
+    return list({json.dumps(asdict(prompt), sort_keys=True, default=str): prompt for prompt in prompts}.values())
 
 
 async def _run(config: Config, shards: list[Shard], pools: list[ActorPool], progress: Progress) -> None:
@@ -166,12 +158,7 @@ async def _run(config: Config, shards: list[Shard], pools: list[ActorPool], prog
             progress.tell()
 
     lanes = 1 + max(_busy_with(scorer, config.score.shard_size) for scorer in config.reward)
-    tasks = [asyncio.ensure_future(lane()) for _ in range(lanes)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    await in_lanes(lane, lanes)
 
 
 def _busy_with(section: ScorerSection, shard_size: int) -> int:

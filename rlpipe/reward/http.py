@@ -99,10 +99,6 @@ class HTTPBackend:
         """See `Endpoint.problems`."""
         return self.endpoint.problems()
 
-    def chat(self, messages: str | Sequence[Mapping[str, Any]], max_tokens: int) -> str:
-        """See `Endpoint.chat`."""
-        return self.endpoint.chat(messages, max_tokens)
-
     def prepare(self, queries: Sequence[Query]) -> Prepared:
         """The distinct queries, their images as PNG."""
         start = time.perf_counter()

@@ -23,6 +23,7 @@ import importlib
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +102,16 @@ def check_scorers(sections: Sequence[ScorerSection]) -> None:
     """
     for section in sections:
         resolve_scorer(section)
+
+
+def scorers_fit(sections: Sequence[ScorerSection]) -> bool:
+    """`check_scorers` for a dry run: whether they can be built; what is wrong is told in one line on stderr."""
+    try:
+        check_scorers(sections)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def build_scorer(section: ScorerSection, device: str | None = None) -> Scorer:
