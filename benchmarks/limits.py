@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlpipe.policy.janus import JanusPolicy
+from rlpipe.rollout.kernels import Kernels, compiled
 from rlpipe.rollout.linear import Linear
 from rlpipe.types import Rollout
 
@@ -76,7 +77,8 @@ def matmul_flops(device: str, dtype: torch.dtype, clock: Clock = time.perf_count
     size = 8192 if _is_cuda(device) else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     with torch.inference_mode():
-        packed = Linear(b)
+        library = None if _is_cuda(device) else compiled()
+        packed = Linear(b, kernels=None if library is None else Kernels(library, dtype))
         seconds = min(_fastest(lambda: torch.mm(a, b), device, clock), _fastest(lambda: packed(a), device, clock))
     return 2 * size**3 / seconds
 

@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from provenance import provenance, write
 
-ROOT = Path(__file__).resolve().parent.parent
+from rlpipe.paths import ROOT
+
 WARM_UP = 3
 SPANS = ("first", "reflection", "final")
 """Rewards whose sum is a trajectory's under credit rule v1."""
@@ -137,16 +138,10 @@ def main() -> None:
     if "flaky" in arguments.parts:
         found["flaky"] = flaky(folder, arguments.share, arguments.last, arguments.baseline, arguments.overrides)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        about = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }
+        about = provenance()
         before = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {}
         merged = {**before, **{part: {**values, **about} for part, values in found.items()}}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(merged, indent=2) + "\n")
+        write(arguments.json, merged)
 
 
 if __name__ == "__main__":

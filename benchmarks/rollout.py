@@ -14,11 +14,7 @@ reports its warm-up (`runs: 0`); what comes after the budget is used up is left 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -26,16 +22,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 from agreement import agreement
 from engines import DRAWING, ENGINES, FULL, Engines
 from limits import Machine, Unavoidable, bandwidth, matmul_flops
 from picture import Line, panels
+from provenance import provenance, write
 from rich.console import Console
 from rich.table import Table
 from sizes import REFLECTION_TOKENS, SIZES, build, rows
 
-from rlpipe.paths import ROOT
 from rlpipe.types import Rollout, Sampling
 
 BATCHES = {"tiny": [7, 8, 64, 256], "small": [7, 8, 16], "1b": [7, 16, 64, 128], "7b": [7, 16, 64]}
@@ -197,19 +192,6 @@ def _tokens_s(one: dict) -> float:
     return one["seconds"] - one["phases"]["decode pixels"]
 
 
-def provenance(arguments: argparse.Namespace) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    cuda = torch.device(arguments.device).type == "cuda"
-    hardware = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    } | {key: getattr(arguments, key) for key in ("size", "dtype", "group", "guidance", "redraw_context", "clock")}
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
@@ -239,12 +221,6 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def write(path: Path | None, text: str) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
 def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
@@ -256,8 +232,12 @@ def main() -> int:
         wide = console if console.is_terminal else Console(width=190)
         wide.print(bench.table())
         wide.print_json(data={"ratio": bench.result["ratio"], "share_of_limit": bench.result.get("share_of_limit")})
-        write(arguments.picture, bench.picture())
-    write(arguments.json, json.dumps(provenance(arguments) | bench.result, indent=1) + "\n")
+        if arguments.picture is not None:
+            arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+            arguments.picture.write_text(bench.picture())
+    told = provenance(arguments.threads, arguments.device, ["torch", "transformers"])
+    told |= {key: getattr(arguments, key) for key in ("size", "dtype", "group", "guidance", "redraw_context", "clock")}
+    write(arguments.json, told | bench.result)
     return 0 if ok else 1
 
 

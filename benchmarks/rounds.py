@@ -8,12 +8,6 @@ exact checker judges the image that each T ends with; accuracy is the mean over 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance, write
 
 from rlpipe.config import load_config
 from rlpipe.data.prompts import load_prompts
 from rlpipe.evaluate.outcomes import row_seed
 from rlpipe.evaluate.table import Measured, Outcome, policy_row
-from rlpipe.paths import ROOT, resolve_path
+from rlpipe.paths import resolve_path
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.rollout.decoder import Decoder
 from rlpipe.rollout.programs import introspect
@@ -126,19 +121,15 @@ def main() -> None:
         rows += rows_of(told, history, arguments.rounds)
     print_rows(rows)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         result = {
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": commit,
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads",
+            **provenance(arguments.threads),
             "prompts": len(prompts),
             "seeds": arguments.seeds,
             "guidance": arguments.guidance,
             "seconds": round(time.perf_counter() - started),
             "rows": rows,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from provenance import commit, hardware, write
+
+from rlpipe.paths import ROOT
 
 
 def run_seed(seed: int, folder: Path, overrides: list[str], threads: int | None) -> dict:
@@ -76,11 +77,9 @@ def main() -> None:
         summaries = [job.result() for job in jobs]
     print_rows(summaries)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         for summary in summaries:
-            summary |= {"commit": commit, "hardware": f"{platform.machine()}, {os.cpu_count()} cores"}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(summaries, indent=1) + "\n")
+            summary |= {"commit": commit(), "hardware": hardware()}
+        write(arguments.json, summaries)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from engines import Engines
 from sizes import REFLECTION_TOKENS, build, rows
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
-from rlpipe.learn.fsdp import FsdpLearner
 from rlpipe.learn.layout import lay_out
+from rlpipe.learn.learner import Learner
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.reward.internvl import JudgeFormat, answer_logits
 from rlpipe.schema import Config
@@ -22,7 +22,7 @@ from rlpipe.world.models import build_judge, build_judge_tokenizer
 QUESTION = "Does this image match the description? Please directly respond with yes or no."
 
 
-class _Learner(FsdpLearner):
+class _Learner(Learner):
     """The learner of a random policy in place of a checkpoint's."""
 
     def __init__(self, config: Config, size: str, device: str) -> None:
@@ -45,13 +45,12 @@ def learner_step(size: str, count: int, device: str, peak: float) -> dict:
     config = Config()
     config.policy.dtype = "bfloat16" if device == "cuda" else "float32"
     config.loss.max_mismatch = float("inf")
-    config.learner.activation_checkpointing = device == "cuda"
+    config.learner.activation_checkpointing = "full" if device == "cuda" else "none"
     config.learner.micro_batch = 4
     learner = _Learner(config, size, device)
     items = [_item(rollout) for rollout in _drawn(learner.policy, size, count)]
     replay = lay_out(items, learner.policy.templates, learner.options)
-    # a row's last input has its largest position; what pads it on the right has none
-    lengths = np.array([int(row.argmax()) + 1 for rows_ in replay.passes for row in rows_.positions])
+    lengths = np.array(replay.lengths)
     text = learner.policy.janus.config.text_config
     weights = sum(p.numel() for p in learner.policy.part("language_model").layers.parameters())
     attention = 12 * text.num_hidden_layers * text.hidden_size * lengths / 2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from rlpipe.config import load_config
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.reward.internvl import load as load_judge
 from rlpipe.world.build.edit import EditJudgeTrainer, drawn_edits, extend_vocabulary, question_texts
@@ -58,7 +59,9 @@ class Build:
 
     def drawn(self) -> None:
         """Edits that this policy draws, of training instructions and of held-out ones."""
-        policy = JanusPolicy.load(self.work / "sft/policy")
+        # Its templates are the configuration's.
+        config = load_config("configs/tiny_edit_grpo.yaml", [f"policy.path={self.work / 'sft/policy'}"])
+        policy = JanusPolicy.from_config(config)
         drawn_edits(policy, 10_000, seed=43).save(self.work / "drawn.npz")
         drawn_edits(policy, 1_600, seed=44, split="test").save(self.work / "drawn_test.npz")
 

@@ -16,6 +16,15 @@ from rlpipe.schema_jobs import (
     ScoreSection,
     SftSection,
 )
+from rlpipe.schema_learn import (
+    CreditSection,
+    DeclineSection,
+    LearnerSection,
+    LossSection,
+    ReferenceSection,
+    SyncSection,
+    TrainSection,
+)
 
 
 @dataclass
@@ -49,10 +58,12 @@ class LoraSection:
     """An adapter's product is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Of an adapter's input; supervised fine-tuning only."""
+    path: str | None = None
+    """Folder with adapters in peft's format to start from, of the same rank, alpha and targets; null: new ones."""
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Linear layers of the parts in policy.trainable that get an adapter, by the last piece of their names."""
+    """Linear layers of the parts in policy.trainable that get an adapter, by the last pieces of their names."""
 
 
 @dataclass
@@ -97,7 +108,14 @@ class RolloutSection:
     threads: int = 2
     """Torch threads of one worker on CPU."""
     groups_per_call: int = 8
-    """Prompts that a worker draws in one batch (each times train.group_size)."""
+    """Prompts that a worker is given in one call (each times train.group_size)."""
+    rows: str = "auto"
+    """Trajectories that a worker draws at once, while the others of its call wait: auto, as many as fit into the memory
+    that is free when it starts, or a number."""
+    cache_dtype: str = "auto"
+    """Keys and values of a worker: auto, in policy.dtype, or float8_e4m3, in half of bfloat16's memory (GPUs alone)."""
+    branches: int = 1
+    """Trajectories that go on, each with a reflection and a redraw of its own, from one shared first image."""
     guidance: float = 1.0
     """Classifier-free guidance scale; rollouts, learner and evaluation use this one value."""
     image_temperature: float = 1.0
@@ -163,157 +181,6 @@ class ScorerSection:
 
 
 @dataclass
-class CreditSection:
-    rule: str = "v1"
-    """Which scores credit which segment: v1 (official default), v2, v3; summed (paper: one advantage for the whole
-    trajectory); segments (every image and reflection by its own score); single (draw and edit: one image)."""
-    std: str = "sample"
-    """Standard deviation of a group: sample (n - 1, official), population (n), none (advantage is reward - mean)."""
-    std_eps: float = 1e-4
-    """Added to the group's standard deviation (official 1e-4)."""
-    baseline: str = "mean"
-    """What a reward is compared with: the group's mean (official), or leave_one_out, the mean of the others (RLOO)."""
-    weighting: str = "rule"
-    """Mean that the loss is: that of credit.rule, or over spans (segment), trajectories (sequence), all tokens of the
-    batch (token, DAPO), or token sums over a constant length (constant, Dr. GRPO). See docs/algorithms.md."""
-    redraws: int = 0
-    """Groups whose rewards are all equal are replaced by those of further prompts (dynamic sampling, DAPO): at most so
-    many for each of train.prompts_per_step; what is equal after that is kept."""
-    redraw_spread: float = 1e-6
-    """Rewards of a group that differ by no more count as equal."""
-    first_weight: float = 1.0
-    reflection_weight: float = 1.0
-    final_weight: float = 1.0
-    """Weights of the terms of first image, reflections and final image (`segments`: any later image); the official
-    total is their plain mean. `summed` and `single` have one term."""
-    balance_verdicts: bool = False
-    """Weigh reflections so that images that match and images that do not count alike in a step. As right images become
-    the majority, calling everything right pays ever more; this keeps the verdict honest about the rest."""
-    max_failed_share: float = 0.25
-    """Share of missing scores, of one scorer's last `failed_window`, above which the run stops with a checkpoint."""
-    failed_window: int = 1000
-
-
-@dataclass
-class EntropySection:
-    mode: str = "none"
-    """none; bonus: `weight` times the entropy is subtracted from the loss; adaptive: each kind's weight is moved, up or
-    down, so that its entropy comes to its target (ReasonGen-R1)."""
-    weight: float = 0.0
-    image_target: float | None = None
-    text_target: float | None = None
-    """Of adaptive: nats per token (ReasonGen-R1: image 7.0, text 2.0); null leaves a kind alone."""
-    weight_lr: float = 5e-5
-    max_weight: float = 5e-3
-    """Of adaptive: how fast a weight moves, and the largest it may be."""
-
-
-@dataclass
-class LossSection:
-    logits: str = "guided"
-    """guided: the distribution that was sampled. scaled: guided logits / guidance (official). conditional: no
-    guidance."""
-    clip: float | None = 0.2
-    """Range around 1 of the ratio to the sampler; null: no clipping (official editing)."""
-    clip_high: float | None = None
-    """The same above 1, where it is another than below (DAPO: 0.28 with clip 0.2)."""
-    ratio: str = "token"
-    """What has a ratio to the sampler of its own: a token, a segment or a whole trajectory (sequence); the last two are
-    geometric means over tokens (GSPO, there with clip 3e-4 and clip_high 4e-4)."""
-    correction: str = "clipped"
-    """What is done about samples of older weights: the ratio is clipped (PPO); or it is a mere weight of the gradient,
-    truncated at correction_cap, or masked, 0 outside 1 / correction_cap to correction_cap (both with the present policy
-    as the proximal one); none: nothing."""
-    correction_cap: float = 2.0
-    kl: str = "k3"
-    """Estimate of the KL to the reference: k1, k2, k3 (official)."""
-    kl_beta: float = 0.04
-    entropy: EntropySection = field(default_factory=EntropySection)
-    verdict: str = "restricted"
-    """First reflection token: scored over {Yes, No} as it was sampled (restricted), or over the vocabulary
-    (full, official)."""
-    train_eos: bool = True
-    """Whether the reflection's end-of-sentence token is in the loss (official: no)."""
-    context: str = "live"
-    """Embeddings of what a scored segment looks back at: live (they receive gradients) or constant (official)."""
-    verdict_ce_share: float = 0.8
-    """Supervised reflections: weight of the verdict token; the mean of the other tokens has the rest."""
-    max_mismatch: float = 1.0
-    """The run stops when the log-prob of any sampled token differs more than this between sampler and learner
-    (of the same policy version)."""
-
-
-@dataclass
-class ReferenceSection:
-    replicas: int = 1
-    path: str | None = None
-    """Checkpoint of the reference policy; none: the policy's own."""
-    context: str = "own"
-    """Embeddings of what a scored segment looks back at: the reference's own, or the policy's (official)."""
-    num_cpus: float = 0.5
-    num_gpus: float = 0.0
-    threads: int = 2
-    timeout_s: float = 600.0
-
-
-@dataclass
-class LearnerSection:
-    ranks: int = 1
-    num_cpus: float = 0.5
-    num_gpus: float = 0.0
-    threads: int = 2
-    lr: float = 2e-4
-    min_lr: float = 2e-5
-    warmup_steps: int = 10
-    schedule: str = "cosine"
-    """After a linear warm-up: constant, linear, cosine, or linear_then_linear / linear_then_cosine (official, paper)
-    through convert_lr at convert_steps, whose step 0 has rate 0."""
-    convert_steps: int = 0
-    convert_lr: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    micro_batch: int = 64
-    """Trajectories in one forward and backward pass of one rank."""
-    activation_checkpointing: bool = False
-    timeout_s: float = 1800.0
-
-
-@dataclass
-class TrainSection:
-    steps: int = 120
-    prompts_per_step: int = 16
-    group_size: int = 8
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
-
-
-@dataclass
-class DeclineSection:
-    """Reaction to a declining reward curve; the rule is that of `rlpipe/learn/decline.py`."""
-
-    action: str = "none"
-    """none, or react: a sharp fall of the mean trajectory reward lowers the learning rate, a slow decline lowers the
-    KL weight while the reference is young, else makes the present policy the reference (paper, by hand there)."""
-    window: int = 10
-    """Steps that a point of the curve is the mean of."""
-    sharp_fall: float = 0.15
-    """Fall against the window before, as a share, from which on it is sharp."""
-    slow_fall: float = 0.05
-    """Fall against the best point, as a share, that counts as a decline after `patience` steps in a row."""
-    patience: int = 10
-    cooldown: int = 10
-    """Steps after a reaction in which nothing is measured."""
-    lr_factor: float = 0.5
-    """Of the learning rate at a sharp fall (paper: 1/2 or 2/3)."""
-    kl_factor: float = 0.5
-    """Of the KL weight at a slow decline with a young reference."""
-    reference_age: int = 100
-    """Steps since the reference was taken from which on it is no longer young."""
-
-
-@dataclass
 class ObserveSection:
     terminal: str = "auto"
     """auto: live view on a terminal, plain lines otherwise; plain; off."""
@@ -349,6 +216,7 @@ class Config:
     loss: LossSection = field(default_factory=LossSection)
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
+    sync: SyncSection = field(default_factory=SyncSection)
     train: TrainSection = field(default_factory=TrainSection)
     decline: DeclineSection = field(default_factory=DeclineSection)
     sft: SftSection = field(default_factory=SftSection)

@@ -47,6 +47,8 @@ class Sampling:
     reflection_room: positions that a reflection takes while the next image is drawn. "fixed": max_reflection_tokens.
                  "exact": those of its tokens without end-of-sentence. "group": those of the longest reflection,
                  end-of-sentence included, among the rows of the same prompt (official code).
+    first_seed:  seed of the first image where it is not `seed`: rows of one call that share it and the prompt are
+                 branches of one first image, which is drawn once.
     verdict_threshold: None samples the verdict. Otherwise it is Yes exactly if P(Yes) among {Yes, No} is above the
                  threshold; nobody sampled it then, so such a trajectory cannot be trained on.
     """
@@ -66,6 +68,7 @@ class Sampling:
     history: Literal["last", "all"] = "last"
     reflection_room: Literal["fixed", "exact", "group"] = "fixed"
     verdict_threshold: float | None = None
+    first_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

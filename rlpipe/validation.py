@@ -19,7 +19,9 @@ from rlpipe.data.scored import score_problems
 from rlpipe.evaluate.judged import calibration_problems
 from rlpipe.limits import ABOVE_ZERO, ALSO_SEEN, AT_LEAST, CHOICES, IMAGES_SEEN, REWARD_NAMES, REWARDS, SHARES
 from rlpipe.paths import resolve_path
+from rlpipe.policy.adapter import adapter_problems
 from rlpipe.schema import Config, ScorerSection
+from rlpipe.validation_learner import learner_problems
 
 ROLLOUT_DEFINES = (
     "guidance",
@@ -27,25 +29,19 @@ ROLLOUT_DEFINES = (
     "text_temperature",
     "max_reflection_tokens",
     "max_images",
+    "branches",
     "program",
     "redraw",
     "redraw_context",
     "history",
     "reflection_room",
 )
-PARTS = (
-    "language_model",
-    "aligner",
-    "generation_embeddings",
-    "generation_aligner",
-    "generation_head",
-    "lm_head",
-)
 
 
 def problems_of(config: Config, job: str = "grpo") -> list[str]:
     """One line for each thing that is wrong, in the order of the schema: field, value, way out."""
     problems = [line for key, value in _values(config) for line in _range_problems(key, value)]
+    problems += _rows_problems(config, job)
     if job == "generate":
         return problems + list(_generate_problems(config))
     if job in ("score", "calibrate"):
@@ -54,7 +50,7 @@ def problems_of(config: Config, job: str = "grpo") -> list[str]:
     if job == "grpo":
         problems += _credit_problems(config)
         problems += _loss_problems(config)
-    problems += _learner_problems(config)
+    problems += learner_problems(config)
     problems += _reward_problems(config, job)
     problems += _file_problems(config, job)
     return problems
@@ -115,6 +111,29 @@ def _sampling_problems(config: Config) -> Iterator[str]:
     for scale in config.evaluate.guidance_sweep:
         if not (math.isfinite(scale) and scale > 0):
             yield f"evaluate.guidance_sweep: {scale} is no guidance scale; give numbers above 0"
+
+
+def _rows_problems(config: Config, job: str) -> Iterator[str]:
+    """Of how many rows are drawn at once, and how many share a first image."""
+    rollout, group = config.rollout, config.train.group_size
+    if rollout.cache_dtype != "auto" and rollout.num_gpus <= 0:
+        yield f"rollout.cache_dtype: {rollout.cache_dtype} saves memory on a GPU alone; set auto, or rollout.num_gpus"
+    if rollout.rows != "auto" and not (rollout.rows.isdecimal() and int(rollout.rows) > 0):
+        yield f"rollout.rows: {rollout.rows!r} is no number of rows; give 1 or more, or auto"
+    elif rollout.rows != "auto" and rollout.reflection_room == "group" and job == "grpo" and int(rollout.rows) < group:
+        yield (
+            f"rollout.rows: {rollout.rows} is fewer than train.group_size {group}, which rollout.reflection_room group "
+            f"looks at together; give {group} or more"
+        )
+    if job != "grpo" or rollout.branches == 1:
+        return
+    if rollout.program != "introspect":
+        yield f"rollout.branches: {rollout.branches} branches need redraws, not program {rollout.program}; set it to 1"
+    elif rollout.branches > 1 and group % rollout.branches:
+        yield (
+            f"rollout.branches: {rollout.branches} does not divide train.group_size {group}; "
+            "give a divisor, so that every first image has as many branches"
+        )
 
 
 def _credit_problems(config: Config) -> Iterator[str]:
@@ -204,33 +223,6 @@ def _scoring_problems(config: Config, job: str) -> Iterator[str]:
         yield from _reward_problems(config, job)
         yield from _scorer_path_problems(config)
     yield from score_problems(config) if job == "score" else calibration_problems(config)
-
-
-def _learner_problems(config: Config) -> Iterator[str]:
-    learner, train, sft = config.learner, config.train, config.sft
-    trajectories = train.prompts_per_step * train.group_size
-    if learner.ranks > trajectories:
-        yield (
-            f"learner.ranks: {learner.ranks} ranks share {trajectories} trajectories a step; "
-            "give fewer ranks or more train.prompts_per_step"
-        )
-    if learner.min_lr > learner.lr:
-        yield f"learner.min_lr: {learner.min_lr:g} is above learner.lr {learner.lr:g}; give a smaller one"
-    if learner.schedule.startswith("linear_then_"):
-        if not learner.warmup_steps <= learner.convert_steps < train.steps:
-            yield (
-                f"learner.convert_steps: {learner.convert_steps} is not between learner.warmup_steps "
-                f"{learner.warmup_steps} and train.steps {train.steps}, for {learner.schedule}"
-            )
-        if learner.convert_lr <= 0:
-            yield f"learner.convert_lr: {learner.convert_lr:g}; {learner.schedule} needs a rate above 0"
-    if len(learner.betas) != 2 or not all(0 <= beta < 1 for beta in learner.betas):
-        yield f"learner.betas: {learner.betas}; give two numbers in [0, 1) such as [0.9, 0.95]"
-    if sft.draw + sft.judge + sft.redraw + sft.edit <= 0:
-        yield f"sft.draw: {sft.draw:g}, with sft.judge, sft.redraw and sft.edit, sums to 0; give one a share above 0"
-    unknown = [part for part in config.policy.trainable if part not in PARTS]
-    if unknown or not config.policy.trainable:
-        yield f"policy.trainable: {unknown or 'nothing'} cannot be trained; choose from {', '.join(PARTS)}"
 
 
 def _reward_problems(config: Config, job: str) -> Iterator[str]:
@@ -347,6 +339,10 @@ def _checkpoint_problems(config: Config, job: str) -> Iterator[str]:
     overlay, lora = config.policy.overlay, config.policy.lora
     if overlay is not None and not resolve_path(overlay).is_file():
         yield f"policy.overlay: no file {resolve_path(overlay)}; give a state dict (.pth, .safetensors) or null"
+    if lora.path is not None and not lora.rank:
+        yield "policy.lora.rank: 0 trains no adapter, and policy.lora.path names one; set its rank, or the path to null"
+    elif job != "generate":
+        yield from adapter_problems(lora)
     if lora.rank and not lora.targets:
         yield "policy.lora.targets: no layer to adapt; give names such as q_proj, or set policy.lora.rank=0"
     if lora.rank and lora.dropout and job == "grpo":

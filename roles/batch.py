@@ -80,7 +80,7 @@ class Batch:
     def metrics(self, sections: Sequence[ScorerSection]) -> dict[str, float]:
         groups = self.in_order()
         metrics = {
-            "rollout/images": float(sum(sum(g.record.num_images) for g in groups)),
+            "rollout/images": float(sum(g.record.num_drawn for g in groups)),
             "rollout/images_per_s": self.images / max(self.watch.seconds.get("draw", 0.0), 1e-9),
             "failures/scores": float(sum(counts.missing for counts in self.counts.values())),
             "failures/groups": float(self.dropped),

@@ -14,6 +14,7 @@ from pathlib import Path
 from ray.exceptions import RayActorError, RayTaskError
 
 from rlpipe.config import Config, ScorerSection
+from rlpipe.data.outputs import HOW_FAST
 from rlpipe.data.prompts import load_prompts
 from rlpipe.evaluate.editing import EditOutcome, print_edit_table, summarise_edits
 from rlpipe.evaluate.table import Measured, NearMiss, Outcome, summarise
@@ -148,7 +149,7 @@ class Evaluation:
         if full and self.judge is not None:
             judge = [self.judge.scorer, self.judge.path, self.judge.question, self.judge.options]
         rollout = {**asdict(self.config.rollout), "guidance": guidance}
-        for key in ("workers", "num_cpus", "num_gpus", "threads", "groups_per_call", "timeout_s"):
+        for key in HOW_FAST:
             del rollout[key]
         parts = [manifest.checksum, self.config.policy.path, evaluate.seed, rollout, judge]
         rows = [[prompt.id, prompt.text, dict(prompt.metadata)] for prompt in self.prompts]

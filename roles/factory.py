@@ -63,7 +63,7 @@ class DrawActor(RolloutWorker):
         ids = [name for request in requests for name in request.ids()]
         seeds = [trajectory_seed(r.seed, r.ordinal, member) for r in requests for member in range(r.size)]
         samplings = [sampling_of(self.config.rollout, seed) for seed in seeds]
-        rollouts = iter(draw_only(self.decoder, prompts, samplings, ids))
+        rollouts = iter(draw_only(self.decoder, prompts, samplings, ids, limit=self.limit))
         return [tuple(next(rollouts) for _ in range(request.size)) for request in requests]
 
 

@@ -119,9 +119,10 @@ class SampleWorker(RolloutWorker):
         prompts, ids = [r.prompt for r in requests], [f"{r.prompt_id}/{r.number}" for r in requests]
         samplings = [self._sampling(request.seed) for request in requests]
         if self.program == "edit":
-            return programs.edit(self.decoder, prompts, self._sources(requests, "crop"), samplings, ids)
+            sources = self._sources(requests, "crop")
+            return programs.edit(self.decoder, prompts, sources, samplings, ids, limit=self.limit)
         program = programs.draw_only if self.program == "draw" else programs.introspect
-        return program(self.decoder, prompts, samplings, ids)
+        return program(self.decoder, prompts, samplings, ids, limit=self.limit)
 
     def _remarks(self, rollouts: Sequence[Rollout]) -> list[list[Remark]]:
         """Per rollout what was said of its images, in order."""

@@ -14,12 +14,15 @@ from ray.exceptions import RayTaskError
 from rlpipe.config import Config, ConfigError
 from rlpipe.data.prompts import PromptError, load_prompts
 from rlpipe.learn.checkpoint import CheckpointError
-from rlpipe.learn.fsdp import LearnerError
+from rlpipe.learn.learner import LearnerError
+from rlpipe.learn.strategy import StrategyError
 from rlpipe.paths import resolve_path
 from rlpipe.policy import checkpoint
+from rlpipe.policy.adapter import AdapterError
 from rlpipe.policy.templates import Templates, check_prompts
 from rlpipe.reward.scorer import check_scorers
 from roles.batch import ScoresMissing
+from roles.buckets import WeightError
 from roles.evaluation import Evaluation, measure_run, show
 from roles.group import ActorPool, RoleError
 from roles.pipeline import GrpoPipeline
@@ -33,7 +36,6 @@ from roles.placement import (
 )
 from roles.pools import examples_pool, reference_pool, refuse_prompts, rollout_pool, scorer_pools
 from roles.trainer import Stopped, Stopwatch, Trainer
-from roles.weight_sync import WeightError
 
 EXPECTED = (
     ConfigError,
@@ -42,7 +44,9 @@ EXPECTED = (
     RoleError,
     ScoresMissing,
     LearnerError,
+    StrategyError,
     WeightError,
+    AdapterError,
     CheckpointError,
     checkpoint.CheckpointError,
 )
@@ -77,7 +81,7 @@ async def sft(config: Config) -> None:
         with trainer.signals():
             await asyncio.gather(trainer.start(), examples.start())
             await train_supervised(config, trainer, examples)
-            await trainer.export(Path(config.run.dir) / "policy")
+            await export_run(config, trainer)
     finally:
         examples.close()
         trainer.close()
@@ -110,8 +114,16 @@ async def train_supervised(config: Config, trainer: Trainer, examples: ActorPool
             if trainer.step % config.train.checkpoint_every == 0 or trainer.step == config.train.steps:
                 with watch("checkpoint"):
                     await trainer.save({})
+                    await trainer.export_if_due()
             trainer.log(metrics | examples.counts() | watch.metrics())
         coming.cancel()
+
+
+async def export_run(config: Config, trainer: Trainer) -> None:
+    """The trained policy in the run folder, and the adapters by themselves if there are any."""
+    await trainer.export(Path(config.run.dir) / "policy")
+    if config.policy.lora.rank:
+        await trainer.export_adapter(Path(config.run.dir) / "adapter")
 
 
 async def grpo(config: Config) -> None:
@@ -135,7 +147,7 @@ async def grpo(config: Config) -> None:
             await refuse_prompts(config.reward, prompts, scorers)
             pipeline = GrpoPipeline(config, prompts, trainer, rollout, scorers, reference)
             await pipeline.run(state)
-            await trainer.export(Path(config.run.dir) / "policy")
+            await export_run(config, trainer)
             evaluation = Evaluation(config, trainer, rollout, scorers, pipeline.sync)
             summary = await measure_run(evaluation, started)
     finally:

@@ -29,6 +29,9 @@ from rlpipe.learn.advantage import Credited, assign_credit, reflection_rewards
 from rlpipe.learn.checkpoint import CheckpointError
 from rlpipe.learn.decline import Decline, Reaction
 from rlpipe.learn.entropy import EntropyControl
+from rlpipe.learn.packing import balance, rough_tokens
+from rlpipe.learn.replay import ReplayOptions
+from rlpipe.policy.lora import base_is_reference
 from rlpipe.reward.combine import usable
 from rlpipe.types import Prompt
 from roles.batch import Batch, Chunk, ScoredGroup, ScoresMissing, canary_correlations
@@ -36,7 +39,7 @@ from roles.group import ActorPool, RoleError
 from roles.panel import Drawing, Panel
 from roles.trainer import Stopwatch, Trainer
 from roles.weight_sync import WeightSync
-from roles.work import GroupRequest, Manifest, Sample, Share, split
+from roles.work import GroupRequest, Manifest, Sample, Share
 
 LOST_DRAWS = 3
 """Times that a step's drawn groups may get lost (with their node) and be drawn again."""
@@ -64,13 +67,15 @@ class GrpoPipeline:
         self.rollout, self.reference = rollout, reference
         self.panel = Panel(config, scorers)
         self.cursor = PromptCursor(prompts, config.seed, config.data.shuffle)
-        self.sync = WeightSync(rollout, config.rollout.timeout_s)
+        learner = trainer.first_rank
+        self.sync = WeightSync(rollout, config.rollout.timeout_s, config.sync.transport, learner)
         self.syncs = [self.sync]
         if reference is not None and config.reference.context == "policy":
-            self.syncs.append(WeightSync(reference, config.reference.timeout_s))
+            self.syncs.append(WeightSync(reference, config.reference.timeout_s, learner=learner))
         self.decline = Decline(config.decline)
         self.entropy = EntropyControl(config.loss.entropy)
         self.renewed: str | None = None
+        self.with_reference = reference is not None or base_is_reference(config)
         self._batches: dict[int, Batch] = {}
         self._work: asyncio.Queue[Chunk] = asyncio.Queue()
         self._new_version = asyncio.Condition()
@@ -85,7 +90,7 @@ class GrpoPipeline:
         self._boundary = self._state()
         try:
             async with self.trainer.saving(lambda: self._boundary):
-                await self._send(await self.trainer.publish())
+                await self._send(await self._publish())
                 self._spawn(self._feed())
                 for _ in self.rollout.replicas:
                     self._spawn(self._draw())
@@ -186,7 +191,7 @@ class GrpoPipeline:
             self._draw_again(batch, list(drawing.chunk.requests), error)
             return
         for (record, rollouts), reference, scores in zip(drawing.groups, references, scored, strict=True):
-            batch.images += sum(record.num_images)
+            batch.images += record.num_drawn
             if sum(usable(self.config.reward, member) for member in scores) < 2:
                 # Nothing to compare: the group says nothing about which trajectory is better.
                 del batch.requests[record.ordinal]
@@ -218,15 +223,15 @@ class GrpoPipeline:
             del self._batches[batch.step]
             # Before workers get new weights: in synchronous training no prompt is under way at this point.
             self._boundary = self._state()
-            manifest = await self.trainer.publish()
             if reaction is not None:
                 await self._react(reaction)
             if self._sending is not None:
                 await self._sending
-            self._sending = self._spawn(self._send(manifest))
+            self._sending = self._spawn(self._send(await self._publish()))
             if self.trainer.step % train.checkpoint_every == 0 or self.trainer.step == train.steps:
                 with watch("checkpoint"):
                     await self.trainer.save(self._boundary)
+                    await self.trainer.export_if_due()
             if batch.step % self.config.observe.gallery_every == 0 or self.trainer.step == train.steps:
                 trailing.append(self._spawn(self._save_samples(batch, credited)))
             self.trainer.log(metrics | self._metrics(batch, credited, watch))
@@ -245,6 +250,12 @@ class GrpoPipeline:
             self._new_version.notify_all()
 
     # parts of the loops
+
+    async def _publish(self) -> Manifest:
+        """The learner's weights on their way to the workers; the learner may go on then."""
+        version = self.trainer.step
+        with self._batch(version).watch("sync"):
+            return await self.trainer.publish(self.sync.invite(version))
 
     async def _react(self, reaction: Reaction) -> None:
         """Tell of a reaction to the reward curve; what it asks of the reference is done before the next step."""
@@ -269,7 +280,7 @@ class GrpoPipeline:
             self._work.put_nowait(Chunk(batch, tuple(requests[start : start + per_call])))
 
     async def _ask_reference(self, batch: Batch, groups: list[ObjectRef]) -> list[ObjectRef | None]:
-        """References to the reference policy's log-probs, one per group; None where no KL is asked."""
+        """References to the reference policy's log-probs, one per group; None where no actor is asked for them."""
         if self.reference is None:
             return [None] * len(groups)
         timeout, returns = self.config.reference.timeout_s, 1 + len(groups)
@@ -315,11 +326,14 @@ class GrpoPipeline:
             [group.scores[member] for group, member in members],
             [group.record.ordinal for group, _ in members],
             self.config.credit,
-            [()] * len(members) if self.reference is not None else None,
+            [()] * len(members) if self.with_reference else None,
             self.config.loss.train_eos,
             self.entropy.weights is not None,
         )
-        shares = [self._share(groups, credited, part) for part in split(len(members), self.config.learner.ranks)]
+        options = ReplayOptions.from_config(self.config.loss)
+        tokens = [rough_tokens(item, options) for item in credited.batch.items]
+        parts = balance(tokens, self.config.learner.ranks)
+        shares = [self._share(groups, credited, frozenset(part)) for part in parts]
         try:
             with watch("assemble"):
                 await self.trainer.assemble(shares)
@@ -354,7 +368,7 @@ class GrpoPipeline:
         except ObjectLostError as error:
             self.trainer.say(f"step {batch.step + 1}: no samples saved, the rollouts are gone: {error}")
 
-    def _share(self, groups: list[ScoredGroup], credited: Credited, part: range) -> list[Share]:
+    def _share(self, groups: list[ScoredGroup], credited: Credited, part: frozenset[int]) -> list[Share]:
         """The groups that have items in a rank's part, with the credits of those items alone."""
         shares, index = [], 0
         for group in groups:

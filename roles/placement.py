@@ -14,6 +14,7 @@ import ray
 
 from rlpipe.config import Config
 from rlpipe.paths import resolve_path
+from rlpipe.policy.lora import base_is_reference
 from rlpipe.reward.scorer import absolute_options
 
 ACTOR_ENVIRONMENT = {
@@ -63,7 +64,7 @@ def grpo_demands(config: Config) -> dict[str, Demand]:
     for i, scorer in enumerate(config.reward):
         role = f"reward/{scorer.name}"
         demands[role] = Demand(role, scorer.replicas, scorer.num_cpus, scorer.num_gpus, f"reward.{i}.replicas")
-    if config.loss.kl_beta > 0:
+    if config.loss.kl_beta > 0 and not base_is_reference(config):
         demands["reference"] = Demand(
             "reference", reference.replicas, reference.num_cpus, reference.num_gpus, "reference.replicas"
         )
@@ -134,6 +135,8 @@ def with_absolute_paths(config: Config) -> Config:
     if config.resume not in ("auto", "never"):
         config.resume = str(resolve_path(config.resume))
     config.policy.path = str(resolve_path(config.policy.path))
+    if config.policy.lora.path is not None:
+        config.policy.lora.path = str(resolve_path(config.policy.lora.path))
     if config.reference.path is not None:
         config.reference.path = str(resolve_path(config.reference.path))
     config.sft.data = str(resolve_path(config.sft.data)) if config.sft.data else ""

@@ -47,7 +47,7 @@ async def refuse_prompts(
 
 
 def reference_pool(config: Config, demands: dict[str, Demand]) -> ActorPool | None:
-    """The reference actors; None where no KL is asked."""
+    """The reference actors; None where no KL is asked, or the learner has the reference itself."""
     if "reference" not in demands:
         return None
     actor = ray.remote(ReferenceActor).options(**demands["reference"].options)

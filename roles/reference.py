@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
-import numpy as np
 import ray
 import torch
 from ray import ObjectRef
 
 from rlpipe.config import Config
 from rlpipe.learn.advantage import reference_items
-from rlpipe.learn.replay import ReplayOptions, lay_out, token_logprobs
+from rlpipe.learn.reference import reference_options
+from rlpipe.learn.replay import segment_logprobs
 from rlpipe.policy.janus import JanusPolicy
-from rlpipe.types import Rollout, TrainItem
+from rlpipe.types import Rollout
 from roles.rollout import actor_device
-from roles.weight_sync import install
+from roles.weights import install
 from roles.work import Ack, Manifest
 
 
@@ -33,7 +32,7 @@ class ReferenceActor:
         self.path = config.reference.path or config.policy.path
         self.policy = self._load(self.path)
         by_policy = config.reference.context == "policy"
-        self.options = replace(ReplayOptions.from_config(config.loss), context="constant" if by_policy else "live")
+        self.options = reference_options(config)
         self.context: JanusPolicy | None = None
         if by_policy:
             self.context = JanusPolicy.from_config(config, *self._placed()).requires_grad_(False).embedder()
@@ -71,35 +70,11 @@ class ReferenceActor:
 
         A token that the learner does not score either (an end-of-sentence out of the loss) has NaN.
         """
-        started = time.monotonic()
+        started, section = time.monotonic(), self.config.learner
         self.renew(renewed or self.config.reference.path or self.config.policy.path)
         fetched: list[tuple[Rollout, ...]] = ray.get(groups, timeout=self.config.reference.timeout_s)
         items = [item for group in fetched for item in reference_items(group)]
-        arrays = iter(self._replayed(items))
+        settings = (section.micro_batch, self.context, section.token_budget, section.head_chunk)
+        arrays = iter(segment_logprobs(self.policy, items, self.options, *settings))
         nested = [tuple(next(arrays) for _ in group) for group in fetched]
         return time.monotonic() - started, *nested
-
-    @torch.inference_mode()
-    def _replayed(self, items: list[TrainItem]) -> list[tuple[np.ndarray, ...]]:
-        # Trajectories of similar length together, as the learner has them: less padding.
-        order = sorted(range(len(items)), key=lambda i: -len(items[i].trajectory.segments))
-        size = self.config.learner.micro_batch
-        results: dict[int, tuple[np.ndarray, ...]] = {}
-        for start in range(0, len(order), size):
-            indices = order[start : start + size]
-            chunk = [items[i] for i in indices]
-            results.update(zip(indices, self._chunk(chunk), strict=True))
-        return [results[i] for i in range(len(items))]
-
-    def _chunk(self, items: list[TrainItem]) -> list[tuple[np.ndarray, ...]]:
-        replay = lay_out(items, self.policy.templates, self.options)
-        values = token_logprobs(self.policy, replay, context_policy=self.context).logprobs.cpu().numpy()
-        lengths = [[len(segment) for segment in item.trajectory.segments] for item in items]
-        ends = np.cumsum([length for row in lengths for length in row])
-        flat = np.full(ends[-1], np.nan, np.float32)
-        first = np.cumsum([0, *map(len, lengths)])  # of each item, its first segment's number among all segments
-        starts = np.concatenate([[0], ends])
-        number = first[replay.item.numpy()] + replay.segment.numpy()
-        flat[starts[number] + replay.offset.numpy()] = values
-        segments = np.split(flat, ends[:-1])
-        return [tuple(segments[i] for i in range(*pair)) for pair in zip(first, first[1:], strict=False)]

@@ -24,23 +24,25 @@ from rlpipe.policy.janus import JanusPolicy
 from rlpipe.policy.pixels import load_image
 from rlpipe.reward.combine import looks_at
 from rlpipe.rollout.decoder import Decoder
+from rlpipe.rollout.memory import RowMemory, free_bytes, rows_that_fit
 from rlpipe.rollout.programs import Rounds, draw_rounds, edit_rounds, introspect_rounds
 from rlpipe.types import Prompt, Rollout, Sampling, Score, ScoreRequest
 from rlpipe.world.checker import check
 from rlpipe.world.edits import check_edit
-from roles.weight_sync import WeightError, install
+from roles.buckets import WeightError
+from roles.weights import Receiver
 from roles.work import (
     Ack,
     DrawRecord,
     GroupRecord,
     GroupRequest,
     ImagesRecord,
+    Invitation,
     Manifest,
     Sample,
     image_id,
     outline,
     sampling_of,
-    trajectory_seed,
 )
 
 
@@ -62,16 +64,29 @@ class RolloutWorker:
         self.config, self.index = config, index
         dtype, device = getattr(torch, config.policy.dtype), actor_device(config.rollout.num_gpus)
         self.policy = JanusPolicy.from_config(config, dtype, device).requires_grad_(False)
-        self.decoder = Decoder(self.policy)
+        self.decoder = Decoder(self.policy, cache_dtype=config.rollout.cache_dtype)
+        self.limit = self._rows_at_once(config.rollout.rows, sampling_of(config.rollout, 0))
+        self.receiver = Receiver(config.rollout.timeout_s)
         self.version: int | None = None
+
+    def _rows_at_once(self, wanted: str, sampling: Sampling) -> int:
+        """Rows that the memory holds which is free now, or as many as are wanted. Raises ValueError."""
+        section, program = self.config.rollout, self.config.rollout.program
+        longest = self.config.policy.max_prompt_tokens + (self.policy.num_image_tokens if program == "edit" else 0)
+        memory = RowMemory.of(
+            self.decoder, sampling, longest, section.groups_per_call, program == "introspect", section.branches
+        )
+        hosts = len(ray.nodes()) if ray.is_initialized() else 1
+        free = free_bytes(self.policy.device, min(section.num_gpus, 1.0), math.ceil(section.workers / hosts))
+        return rows_that_fit(wanted, memory, free)
 
     def ready(self) -> int:
         return self.index
 
-    def load_weights(self, manifest: Manifest) -> Ack:
+    def load_weights(self, source: Manifest | Invitation) -> Ack:
         """Take over a published version; until that succeeds nothing is served. Raises WeightError."""
         self.version = None
-        ack = install(manifest, dict(self.policy.janus.named_parameters()), self.config.rollout.timeout_s)
+        ack = self.receiver.take(source, dict(self.policy.janus.named_parameters()))
         self.decoder.refresh()
         self.version = ack.version
         return ack
@@ -92,11 +107,10 @@ class RolloutWorker:
         for request in requests:
             prompts += [request.prompt] * request.size
             ids += request.ids()
-            seeds = [trajectory_seed(request.seed, request.ordinal, m) for m in range(request.size)]
-            samplings += [sampling_of(self.config.rollout, seed) for seed in seeds]
+            samplings += request.samplings(self.config.rollout)
         sources = self._sources(prompts) if self.config.rollout.program == "edit" else [None] * len(prompts)
         rows = list(zip(ids, prompts, sources, strict=True))
-        drawn = yield from self._ask_as_drawn(self._rounds(prompts, sources, samplings, ids, version), rows)
+        drawn = yield from self._ask_as_drawn(self._rounds(prompts, sources, samplings, ids, version), rows, version)
         rollouts = iter(drawn)
         groups = [tuple(extend([next(rollouts) for _ in range(r.size)], self.config.credit.rule)) for r in requests]
         yield from self._ask_at_the_end([rollout for group in groups for rollout in group])
@@ -117,12 +131,12 @@ class RolloutWorker:
         """The configured program; an edit starts from the image that its prompt names."""
         program = self.config.rollout.program
         if program == "edit":
-            return edit_rounds(self.decoder, prompts, sources, samplings, ids, version)
+            return edit_rounds(self.decoder, prompts, sources, samplings, ids, version, self.limit)
         rounds = draw_rounds if program == "draw" else introspect_rounds
-        return rounds(self.decoder, prompts, samplings, ids, version)
+        return rounds(self.decoder, prompts, samplings, ids, version, self.limit)
 
     def _ask_as_drawn(
-        self, rounds: Rounds, rows: list[tuple[str, Prompt, np.ndarray | None]]
+        self, rounds: Rounds, rows: list[tuple[str, Prompt, np.ndarray | None]], version: int
     ) -> Generator[Any, None, list[Rollout]]:
         """Draw, and hand out each round's images for the scorers that need to know no more; returns the rollouts.
 
@@ -130,6 +144,7 @@ class RolloutWorker:
         """
         sections, ending = self.config.reward, self.config.credit.rule in ACCEPTING
         while True:
+            self._check(version)  # a trajectory has one version from its first token to its last
             try:
                 finished = next(rounds)
             except StopIteration as end:
@@ -180,9 +195,8 @@ class RolloutWorker:
         judge: a RewardActor whose score is wanted for every image that is drawn.
         """
         self._check(version)
-        seed, size = self.config.evaluate.seed, self.config.evaluate.batch_size
         sampling = sampling_of(self.config.rollout, 0, guidance)
-
+        seed, size = self.config.evaluate.seed, self._evaluated_at_once(sampling)
         outcomes = evaluate_policy(self.decoder, prompts, check, sampling, seed, size, self._asking(judge))
         if not full:
             return outcomes, []
@@ -194,9 +208,12 @@ class RolloutWorker:
     ) -> list[EditOutcome]:
         """Outcomes of held-out edits under `version` of the weights."""
         self._check(version)
-        seed, size = self.config.evaluate.seed, self.config.evaluate.batch_size
         sampling, sources = sampling_of(self.config.rollout, 0, guidance), self._sources(prompts)
+        seed, size = self.config.evaluate.seed, self._evaluated_at_once(sampling)
         return evaluate_edits(self.decoder, prompts, sources, check_edit, sampling, seed, size, self._asking(judge))
+
+    def _evaluated_at_once(self, sampling: Sampling) -> int:
+        return min(self.config.evaluate.batch_size, self._rows_at_once("auto", sampling))
 
     def _asking(self, judge: ActorHandle | None) -> Judge | None:
         """The scores of a RewardActor as a function."""
@@ -246,6 +263,7 @@ def _record(ordinal: int, version: int, group: tuple[Rollout, ...]) -> GroupReco
         policy_version=version,
         outlines=tuple(map(outline, group)),
         num_images=tuple(len(rollout.images) for rollout in group),
+        num_drawn=len({id(image) for rollout in group for image in rollout.images}),
         num_text_tokens=tuple(sum(map(len, segments)) for segments in texts),
         truncated=sum(sum(rollout.trajectory.truncated) for rollout in group),
     )

@@ -14,17 +14,19 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from rlpipe.config import Config, to_yaml
-from rlpipe.learn.checkpoint import latest_checkpoint, prune_checkpoints
+from rlpipe.learn.checkpoint import CheckpointError, latest_checkpoint, prune_checkpoints, verify
+from rlpipe.learn.saver import Saved
 from rlpipe.observe.console import RunView
 from rlpipe.observe.gallery import discard_rollouts
 from rlpipe.observe.tracker import Tracker
 from roles.group import ActorPool, RoleError
 from roles.learner import LearnerActor
 from roles.placement import Demand
-from roles.work import Manifest, Share
+from roles.work import Channel, Manifest, Share
 
 
 class Stopped(RuntimeError):
@@ -52,6 +54,9 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.step = 0
         self.saved_step = -1
+        self.saving_step: int | None = None
+        self.failed_saves = 0
+        self.damaged: list[CheckpointError] = []
         self._halted: asyncio.Future[int] | None = None
         self._tracker: Tracker | None = None
         self.view: RunView | None = None
@@ -73,7 +78,7 @@ class Trainer:
         address = await self._ask_first("rendezvous")
         await self._ask_all("start", address)
         state = None
-        checkpoint = self._checkpoint_to_resume()
+        checkpoint = await asyncio.to_thread(self._checkpoint_to_resume)
         if checkpoint is not None:
             states = await self._ask_all("load", str(checkpoint))
             state = states[0]
@@ -86,6 +91,8 @@ class Trainer:
         observe, steps = self.config.observe, self.config.train.steps
         self.view = RunView(observe.terminal, steps, str(self.run_dir), self.step)
         self.view.__enter__()
+        for error in self.damaged:
+            self.view.say(f"checkpoint passed over: {error}")
         if state is not None:
             self.view.say(f"resume: step {self.step}, from {checkpoint}")
         return state
@@ -94,7 +101,8 @@ class Trainer:
         if self.config.resume == "never":
             return None
         if self.config.resume == "auto":
-            return latest_checkpoint(self.run_dir / "checkpoints")
+            return latest_checkpoint(self.run_dir / "checkpoints", self.damaged.append)
+        verify(self.config.resume)
         return Path(self.config.resume)
 
     async def assemble(self, shares: list[list[Share]]) -> None:
@@ -118,46 +126,87 @@ class Trainer:
         scales = (lr_scale, kl_scale, entropy_weights)
         metrics = await self._ask_all("step", denominator, self.step, steps, fresh, *scales)
         self.step += 1
+        await self._note_saved()
         return metrics[0]
 
-    async def publish(self) -> Manifest:
-        """The present weights in the object store, under the number of steps as their version."""
-        return (await self._ask_all("publish", self.step))[0]
+    async def publish(self, channel: Channel | None = None) -> Manifest:
+        """The present weights, in the object store or by a channel, under the number of steps as their version."""
+        return (await self._ask_all("publish", self.step, channel))[0]
+
+    def first_rank(self) -> ActorHandle:
+        """The actor that publishes."""
+        return self.ranks.replicas[0].handle
 
     async def publish_initial(self) -> Manifest:
         """The weights of policy.path, version 0."""
         return (await self._ask_all("publish_initial", 0))[0]
 
     async def save(self, driver_state: dict[str, Any]) -> None:
-        """Commit a checkpoint of this step, unless there is one, and drop the oldest."""
+        """Begin a checkpoint of this step, unless there is one. In memory it is complete; it may be on disk later."""
         if self.saved_step == self.step:
             return
+        await self._note_saved(wait=True)
         folder = self.run_dir / "checkpoints"
         await self._ask_all("save", str(folder), self.step, {**driver_state, "step": self.step})
-        self.saved_step = self.step
-        prune_checkpoints(folder, self.config.train.keep_checkpoints)
+        self.saved_step = self.saving_step = self.step
+        await self._note_saved()
+
+    async def _note_saved(self, wait: bool = False) -> None:
+        """Take note of how the save that is under way has ended, if it has; drop the oldest checkpoints after it."""
+        if self.saving_step is None:
+            return
+        saved: Saved | None = (await self._ask_all("saved", wait))[0]
+        if saved is None:
+            return
+        self.saving_step = None
+        if saved.error is not None:
+            self.failed_saves += 1
+            self.saved_step = -1
+            self.say(f"no checkpoint of step {saved.step}: {saved.error}")
+            return
+        train = self.config.train
+        prune_checkpoints(self.run_dir / "checkpoints", train.keep_checkpoints, train.keep_every)
 
     async def export(self, folder: Path) -> None:
+        """The present policy in the transformers layout."""
         await self._ask_all("export", str(folder))
+
+    async def export_adapter(self, folder: Path) -> None:
+        """The present adapters in peft's format."""
+        await self._ask_all("export_adapter", str(folder))
+
+    async def export_if_due(self) -> None:
+        """Every train.export_every steps the present policy, there as a whole or not at all."""
+        every = self.config.train.export_every
+        if every and self.step % every == 0:
+            await self._export_whole(self.run_dir / "exports")
+
+    async def _export_whole(self, home: Path) -> Path:
+        folder, unfinished = home / f"step_{self.step:06d}", home / "unfinished"
+        await self.export(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        return folder
 
     async def keep_as_reference(self, held: str | None) -> str:
         """The present policy as a checkpoint in the run folder, there as a whole or not at all; its path.
 
         Earlier ones go, but those that a checkpoint of the run names and `held`, which is still in use.
         """
+        await self._note_saved(wait=True)  # What it names is on disk then.
         home = self.run_dir / "reference"
         named = "".join(path.read_text() for path in (self.run_dir / "checkpoints").glob("step_*/state.json"))
         for folder in home.glob("*") if home.is_dir() else ():
             if str(folder) != held and json.dumps(str(folder)) not in named:
                 shutil.rmtree(folder)
-        folder, unfinished = home / f"step_{self.step:06d}", home / "unfinished"
-        await self.export(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        return str(folder)
+        return str(await self._export_whole(home))
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl and of the terminal."""
+        metrics = metrics | {
+            "failures/saves": self.failed_saves,
+            "failures/damaged_checkpoints": len(self.damaged),
+        }
         self._tracker.log(self.step, metrics)
         self.view.step(self.step, metrics)
 
@@ -193,13 +242,21 @@ class Trainer:
 
     @contextlib.asynccontextmanager
     async def saving(self, state: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
-        """Within: whatever ends the training early, the steps that were finished are in a checkpoint first."""
+        """Within: whatever ends the training early, the steps that were finished are in a checkpoint first.
+
+        At the end what is being saved is waited for; where that failed it is tried once more.
+        """
         try:
             yield
+            await self._note_saved(wait=True)
+            await self.save(state())
+            await self._note_saved(wait=True)
         except Exception:
             try:
                 await self.save(state())
-                self.say(f"checkpoint of step {self.step} saved")
+                await self._note_saved(wait=True)
+                if self.saved_step == self.step:
+                    self.say(f"checkpoint of step {self.step} saved")
             except (RoleError, RayTaskError) as error:
                 self.say(f"no checkpoint of step {self.step}: {error}")
             raise

@@ -1,141 +1,84 @@
-"""Weights from the learner to the rollout workers through the object store, with a version and a checksum.
-
-The learner's first rank lays the tensors out in flat byte buckets that every reader maps without a copy. A worker
-copies them into its model, computes the checksum of what the model then holds, and acknowledges both numbers.
-"""
+"""The driver's side of the weights' way: every worker holds and has acknowledged a version before it works with it."""
 
 from __future__ import annotations
 
 import asyncio
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 
-import numpy as np
-import ray
-import torch
+from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from roles.buckets import WeightError
+from roles.channel import Meeting
 from roles.group import ActorPool, RoleError
 from roles.replica import LOST, Replica
-from roles.work import Ack, Manifest, Slot
-
-BUCKET_BYTES = 256 << 20
-ALIGNMENT = 64
-
-
-class WeightError(RuntimeError):
-    """Weights that do not fit the model or arrived damaged, or a request for a version that is not loaded."""
-
-
-def lay_out(weights: Mapping[str, torch.Tensor], bucket_bytes: int = BUCKET_BYTES) -> tuple[Slot, ...]:
-    """Slots of the tensors in the order of their names; a bucket closes when the next tensor would overflow it."""
-    slots, bucket, end = [], 0, 0
-    for name in sorted(weights):
-        tensor = weights[name]
-        nbytes = tensor.numel() * tensor.element_size()
-        if end and end + nbytes > bucket_bytes:
-            bucket, end = bucket + 1, 0
-        slots.append(Slot(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), bucket, end, nbytes))
-        end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return tuple(slots)
-
-
-def publish(weights: Mapping[str, torch.Tensor], version: int, bucket_bytes: int = BUCKET_BYTES) -> Manifest:
-    """Put the weights into the object store, one bucket after the other. The caller's process owns them."""
-    slots = lay_out(weights, bucket_bytes)
-    slots = tuple(replace(slot, checksum=zlib.crc32(_as_bytes(weights[slot.name]))) for slot in slots)
-    refs = []
-    for number in range(slots[-1].bucket + 1 if slots else 0):
-        inside = [slot for slot in slots if slot.bucket == number]
-        bucket = np.zeros(inside[-1].offset + inside[-1].nbytes, dtype=np.uint8)
-        for slot in inside:
-            bucket[slot.offset : slot.offset + slot.nbytes] = _as_bytes(weights[slot.name])
-        refs.append(ray.put(bucket))
-    return Manifest(version, checksum(slots, weights), slots, tuple(refs))
-
-
-def checksum(slots: Iterable[Slot], weights: Mapping[str, torch.Tensor]) -> int:
-    """CRC-32 over names, shapes, types and byte checksums of the tensors, in the order of the slots.
-
-    Tensors that are not among `weights` count with the checksum that was published.
-    """
-    crc = 0
-    for slot in slots:
-        own = zlib.crc32(_as_bytes(weights[slot.name])) if slot.name in weights else slot.checksum
-        crc = zlib.crc32(f"{slot.name}{slot.shape}{slot.dtype}{own}".encode(), crc)
-    return crc
-
-
-def install(manifest: Manifest, model: Mapping[str, torch.Tensor], timeout_s: float = 600.0, some: bool = False) -> Ack:
-    """Copy a published version into the tensors of a model, in place, and check what they hold then.
-
-    `model` has a tensor of equal shape and type for every slot; it may have others. With `some` it may lack tensors,
-    which are then not fetched. Raises WeightError.
-    """
-    slots = [slot for slot in manifest.slots if slot.name in model or not some]
-    for slot in slots:
-        have = model.get(slot.name)
-        found = None if have is None else (tuple(have.shape), str(have.dtype).removeprefix("torch."))
-        if found != (slot.shape, slot.dtype):
-            raise WeightError(
-                f"weights version {manifest.version}: {slot.name} is {slot.dtype} {slot.shape}, the model has {found}; "
-                "learner and worker must load one policy.path with one policy.dtype"
-            )
-    for slot, source in _tensors(manifest, slots, timeout_s):
-        model[slot.name].copy_(source)
-    found_sum = checksum(manifest.slots, model)
-    if found_sum != manifest.checksum:
-        raise WeightError(
-            f"weights version {manifest.version}: checksum {found_sum:#010x} after the copy, "
-            f"published {manifest.checksum:#010x}"
-        )
-    return Ack(manifest.version, found_sum)
-
-
-def _tensors(manifest: Manifest, slots: Iterable[Slot], timeout_s: float) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """Read-only views of published tensors, one bucket mapped at a time."""
-    number, bucket = -1, None
-    for slot in slots:
-        if slot.bucket != number:
-            number, bucket = slot.bucket, ray.get(manifest.buckets[slot.bucket], timeout=timeout_s)
-        with warnings.catch_warnings():
-            # Torch warns that shared memory is read-only; it is only copied from.
-            warnings.simplefilter("ignore", UserWarning)
-            flat = torch.from_numpy(bucket[slot.offset : slot.offset + slot.nbytes])
-        yield slot, flat.view(getattr(torch, slot.dtype)).view(slot.shape)
-
-
-def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+from roles.work import Ack, Channel, Invitation, Manifest
 
 
 class WeightSync:
-    """The driver's side: bringing every worker to a version; `version` is the last that all have acknowledged.
+    """Brings every worker to a version; `version` is the last that all have acknowledged.
 
     Hooks itself into the pool, so that a worker that starts again gets the current weights before any work.
 
         sync = WeightSync(pool, timeout_s=600)
         await sync.send(manifest)             # every worker has acknowledged
+
+    By a channel, workers receive while the learner publishes:
+
+        sync = WeightSync(pool, timeout_s=600, transport="gloo", learner=lambda: handle)
+        channel = sync.invite(version)
+        manifest = await handle.publish.remote(version, channel)
+        await sync.send(manifest)
     """
 
-    def __init__(self, pool: ActorPool, timeout_s: float) -> None:
+    def __init__(
+        self,
+        pool: ActorPool,
+        timeout_s: float,
+        transport: str = "object_store",
+        learner: Callable[[], ActorHandle] | None = None,
+    ) -> None:
+        """learner: the actor of its first rank; needed where weights go by a channel (transport gloo or nccl)."""
         self.pool, self.timeout_s = pool, timeout_s
+        self.transport, self.learner = transport, learner
         self.manifest: Manifest | None = None
         self.version = -1
         self.held: dict[int, int] = {}
+        self._meeting: Meeting | None = None
+        self._channel: tuple[Channel, list[ActorHandle]] | None = None
+        self._invited: dict[int, tuple[ActorHandle, asyncio.Task[Ack]]] = {}
         pool.on_start = self._greet
 
     def version_of(self, replica: Replica) -> int:
         """The version that work sent to this replica now will meet: calls are served in the order they are sent."""
         return self.held.get(replica.index, -1)
 
+    def invite(self, version: int) -> Channel | None:
+        """Have the workers wait for a version on the channel that is returned; None: it goes by the object store.
+
+        The channel is that of the version before, unless it broke or a worker has come or gone since.
+        """
+        replicas = [replica for replica in self.pool.replicas if replica.revival is None]
+        if self.transport == "object_store" or not replicas:
+            return None
+        handles = [replica.handle for replica in replicas]
+        if self._channel is None or self._channel[1] != handles:
+            if self._meeting is None:
+                self._meeting = Meeting(self.timeout_s)
+            self._channel = self._meeting.open(1 + len(handles), self.transport, self.learner()), handles
+        channel = self._channel[0]
+        for rank, replica in enumerate(replicas, 1):
+            task = asyncio.ensure_future(self._receive(replica, Invitation(channel, rank, version)))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._invited[replica.index] = (replica.handle, task)
+        return channel
+
     async def send(self, manifest: Manifest) -> None:
-        """Load a version on every worker; raises RoleError naming those that did not acknowledge in time."""
+        """Until every worker holds a version; raises RoleError naming those that did not acknowledge in time."""
         self.manifest = manifest
         replicas = list(self.pool.replicas)
         results = await asyncio.gather(*map(self._bring_up, replicas), return_exceptions=True)
+        self._invited.clear()
         # The pool goes on without a replica that it has given up, as long as there is another.
         left = self.pool.replicas
         pairs = zip(replicas, results, strict=True)
@@ -148,6 +91,14 @@ class WeightSync:
 
     async def _bring_up(self, replica: Replica) -> None:
         """Until this replica holds the current version: load it, or wait for its successor, which loads it first."""
+        if replica.index in self._invited:
+            handle, receiving = self._invited[replica.index]
+            try:
+                self._check(replica, await receiving, self.manifest)
+            except RayTaskError:
+                raise
+            except LOST as error:
+                await self.pool.revive(replica, handle, error)
         while self.held.get(replica.index) != self.manifest.version or replica.revival is not None:
             if replica.revival is not None:
                 await self.pool.revive(replica)
@@ -165,14 +116,52 @@ class WeightSync:
         while self.manifest is not None and self.held.get(replica.index) != self.manifest.version:
             await self._load(replica)
 
+    async def _receive(self, replica: Replica, invitation: Invitation) -> Ack:
+        """One worker's acknowledgement of what comes by a channel; if it is lost, the others need not wait for it."""
+        handle = replica.handle
+        self.held[replica.index] = invitation.version
+        try:
+            # Twice the wait: for the channel, and for the object store if that broke.
+            ack = await replica.ask("load_weights", invitation, timeout_s=2 * self.timeout_s)
+        except BaseException:
+            if replica.handle is handle:
+                self.held.pop(replica.index, None)
+            self._end(invitation.channel)
+            raise
+        if not ack.as_asked:
+            self._end(invitation.channel)
+        return ack
+
+    def _end(self, channel: Channel) -> None:
+        """This channel is of no use any more; the next version has another."""
+        self._meeting.end(channel)
+        if self._channel is not None and self._channel[0] is channel:
+            self._channel = None
+
     async def _load(self, replica: Replica) -> None:
-        manifest = self.manifest
+        """One worker, through the object store."""
+        manifest = await self._stored()
         self.held[replica.index] = manifest.version
         try:
             ack = await replica.ask("load_weights", manifest, timeout_s=self.timeout_s)
-            if (ack.version, ack.checksum) != (manifest.version, manifest.checksum):
-                sent = Ack(manifest.version, manifest.checksum)
-                raise WeightError(f"{replica.name} acknowledged {ack}, sent was {sent}")
+            self._check(replica, ack, manifest)
         except BaseException:
             self.held.pop(replica.index, None)
             raise
+
+    async def _stored(self) -> Manifest:
+        """The current version in the object store; what went by a channel has to be put there."""
+        if self.manifest.slots and not self.manifest.buckets:
+            try:
+                shared = await asyncio.wait_for(self.learner().share.remote(), self.timeout_s)
+            except TimeoutError:
+                raise RoleError(f"learner[0].share: no answer within {self.timeout_s:g} s") from None
+            if shared.version >= self.manifest.version:
+                self.manifest = shared
+        return self.manifest
+
+    def _check(self, replica: Replica, ack: Ack, manifest: Manifest) -> None:
+        if (ack.version, ack.checksum) != (manifest.version, manifest.checksum):
+            self.held.pop(replica.index, None)
+            sent = Ack(manifest.version, manifest.checksum)
+            raise WeightError(f"{replica.name} acknowledged {ack}, sent was {sent}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from rlpipe.config import RolloutSection
 from rlpipe.reward.service import ScoreCounts
@@ -25,19 +26,30 @@ class GroupRequest:
     def ids(self) -> list[str]:
         return [f"{self.ordinal}-{member}" for member in range(self.size)]
 
+    def samplings(self, section: RolloutSection) -> list[Sampling]:
+        """How each member is drawn; `branches` in a row share the first image of the first of them."""
+        seeds = [trajectory_seed(self.seed, self.ordinal, member) for member in range(self.size)]
+        first = [seeds[member - member % section.branches] for member in range(self.size)]
+        return [
+            replace(sampling_of(section, seed), first_seed=None if seed == other else other)
+            for seed, other in zip(seeds, first, strict=True)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
     """What the driver knows of a drawn group; the object that comes with it is a tuple of Rollout.
 
     outlines:   per member its trajectory without tokens: prompt, kinds and lengths of segments, verdicts.
-    num_images: per member the images that were drawn and are to be scored.
+    num_images: per member the images that it has and that are to be scored.
+    num_drawn:  images of the group, those that branches share counted once.
     """
 
     ordinal: int
     policy_version: int
     outlines: tuple[Rollout, ...]
     num_images: tuple[int, ...]
+    num_drawn: int
     num_text_tokens: tuple[int, ...]
     truncated: int
 
@@ -107,7 +119,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor lies: `nbytes` bytes from `offset` in bucket number `bucket`; CRC-32 of these bytes."""
+    """Where one tensor lies: `nbytes` bytes from `offset` in bucket number `bucket`."""
 
     name: str
     shape: tuple[int, ...]
@@ -115,17 +127,25 @@ class Slot:
     bucket: int
     offset: int
     nbytes: int
-    checksum: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A published version of the weights; `buckets` are references to uint8 arrays in the object store."""
+    """A published version of the weights.
+
+    checksum: of the whole version; `sums` are those of the slots' tensors.
+    buckets:  references to uint8 arrays in the object store; none where the weights travel by a channel alone.
+    """
 
     version: int
     checksum: int
     slots: tuple[Slot, ...]
-    buckets: tuple[ObjectRef, ...]
+    sums: tuple[int, ...]
+    buckets: tuple[ObjectRef, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -133,11 +153,40 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Channel:
+    """A collective group of the learner's first rank, which is its rank 0, and rollout workers.
+
+    name:      of this group, unlike that of any other at the same address.
+    host, port: where its members meet.
+    learner:   whom to ask for the weights if the group breaks.
+    timeout_s: longest wait for the others, each time.
+    """
+
+    name: str
+    host: str
+    port: int
+    size: int
+    backend: str
+    timeout_s: float
+    learner: ActorHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """To receive `version` as a rank of a channel."""
+
+    channel: Channel
+    rank: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
-    """A worker's word for what its model holds now."""
+    """A worker's word for what its model holds now, and whether it came by the channel it was to come by."""
 
     version: int
     checksum: int
+    as_asked: bool = True
 
 
 def image_id(trajectory_id: str, number: int) -> str:
@@ -175,9 +224,3 @@ def outline(rollout: Rollout) -> Rollout:
     """A rollout without pixels, and with zeros of one byte for tokens: credit needs to know how many there are."""
     segments = tuple(Segment(s.kind, np.zeros(len(s), np.uint8)) for s in rollout.trajectory.segments)
     return Rollout(replace(rollout.trajectory, segments=segments, source_codes=None), ())
-
-
-def split(count: int, ranks: int) -> list[range]:
-    """Items 0 .. count - 1 as one contiguous range per rank, sizes equal to within one."""
-    cuts = [rank * count // ranks for rank in range(ranks + 1)]
-    return [range(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]

@@ -142,6 +142,10 @@ def test_a_runnable_configuration_passes(empty, runnable):
         (["learner.lr=nan"], ["learner.lr"]),
         (["learner.betas=[0.9,1.0]"], ["learner.betas"]),
         (["rollout.image_top_p=0"], ["rollout.image_top_p"]),
+        (["rollout.rows=0"], ["rollout.rows"]),
+        (["rollout.rows=many", "rollout.branches=0"], ["rollout.branches", "rollout.rows"]),
+        (["rollout.rows=4", "rollout.reflection_room=group"], ["rollout.rows"]),
+        (["rollout.branches=3"], ["rollout.branches"]),
         (["sft.draw=0", "sft.judge=0", "sft.redraw=0"], ["sft.draw"]),
         (["credit.rule=v3"], ["rollout.redraw"]),
         (["credit.rule=v2", "rollout.redraw_context=reencoded"], ["rollout.redraw_context"]),
@@ -193,6 +197,7 @@ def test_every_problem_of_a_value_is_named_once(empty, runnable, overrides, fiel
         ["credit.rule=v3", "rollout.redraw=always"],
         ["credit.rule=v2", "rollout.redraw=always", "rollout.redraw_context=reencoded"],
         ["rollout.redraw=always"],
+        ["rollout.rows=4", "rollout.branches=4"],
         ["credit.rule=summed", "rollout.max_images=3"],
         ["credit.rule=segments", "rollout.max_images=4"],
         ["credit.rule=single", "rollout.program=draw", "reward.0.weight=0.5"],
@@ -320,7 +325,14 @@ def test_the_first_image_is_all_that_is_looked_at_with_two_images():
     validate(load_config(None, ["reward.0.rewards=[generation]", "credit.reflection_weight=0"]))
 
 
-JANUS_PRO = ["janus_pro_7b_grpo", "janus_pro_7b_grpo_paper", "janus_pro_1b_grpo"]
+JANUS_PRO = [
+    "janus_pro_7b_grpo",
+    "janus_pro_7b_grpo_paper",
+    "janus_pro_1b_grpo",
+    "janus_pro_1b_one_gpu",
+    "janus_pro_7b_one_node",
+    "janus_pro_7b_nodes",
+]
 
 
 @pytest.mark.parametrize("name", JANUS_PRO)

@@ -31,8 +31,8 @@ from rlpipe.types import Prompt, Rollout
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IMAGE_FOLDERS = ("samples", "regen_samples", "rounds")
-HOW_FAST = ("workers", "num_cpus", "num_gpus", "threads", "groups_per_call", "timeout_s")
-"""Keys of `rollout` that change no image."""
+HOW_FAST = ("workers", "num_cpus", "num_gpus", "threads", "groups_per_call", "rows", "branches", "timeout_s")
+"""Keys of `rollout` that change no image of a sample by itself."""
 _PROBES, _PROBE_BYTES = 16, 1 << 16
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlpipe.schema import EntropySection
+from rlpipe.schema_learn import EntropySection
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 

@@ -7,7 +7,7 @@
 The drawing sequences give the log-probs of the images, the looking sequences those of the reflections. With
 `history: all` both go on behind the second image in the same way; with `history: last` an image or reflection after
 the second image has a sequence of its own, which shows it the last image alone. Nothing is laid out that no trained
-token needs.
+token needs, and the sequences of many trajectories stand behind one another in one row, without padding.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from rlpipe.policy.templates import Templates
 from rlpipe.schema import LossSection
 from rlpipe.types import TrainItem, Trajectory
 
-# A row's source numbers: vocabulary ids as they are, entries of the code pool and the pixel pool above these.
+# What a sequence is made of: vocabulary ids as they are, codes and patches of the images looked at above these.
 _CODE, _PIXEL = 1 << 40, 1 << 41
-# Rows shorter than this share of the longest one in a pass go into another pass.
-_BUCKET = 0.75
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,11 @@ class Distribution(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Rows that go through the language model together, padded on the right.
-
-    source:    int64 [R, L], indices into the pool of embeddings (vocabulary rows, then codes, then pixels).
-    positions: int64 [R, L].
-    read:      int64 [K], flat indices into [R * L] of the hidden states that a head reads.
-    context:   int64 [R], how many leading inputs of a row are constants; 0 where the context is live.
-    """
-
-    source: torch.Tensor
-    positions: torch.Tensor
-    read: torch.Tensor
-    context: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Group:
     """Scored tokens of one distribution.
 
-    at:            int64 [M], indices into the hidden states read by all passes, in order.
-    unconditional: int64 [M] or None, those of the same tokens in the unconditional rows.
+    at:            int64 [M], indices into the row of the hidden states that the head reads.
+    unconditional: int64 [M] or None, those of the same tokens in the unconditional sequences.
     target:        int64 [M], the tokens: codes, vocabulary ids, or 0 (No) and 1 (Yes).
     """
 
@@ -87,9 +69,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Replay:
-    """Items laid out as sequences. S scored tokens in the order of `groups`.
+    """Items laid out as one row of T tokens, with S scored tokens in the order of `groups`.
 
-    text_ids: int64 [A], vocabulary ids that occur.  codes: int64 [B].  images: uint8 [C, H, W, 3].
+    text_ids:  int64 [A], vocabulary ids that occur.  codes: int64 [B], codes that occur.
+    images:    uint8 [C, H, W, 3], pixels that are looked at, each once.
+    source:    int64 [T], indices into the pool of embeddings (vocabulary ids, then codes, then patches of pixels).
+    positions: int64 [T].
+    lengths:   of the sequences in the row, longest first.
+    context:   bool [T], which inputs are constants; none where the context is live.
     item, segment, offset: int64 [S], where a token comes from; `offset` counts from its segment's start.
     """
 
@@ -97,11 +84,19 @@ class Replay:
     text_ids: torch.Tensor
     codes: torch.Tensor
     images: torch.Tensor | None
-    passes: tuple[Pass, ...]
+    source: torch.Tensor
+    positions: torch.Tensor
+    lengths: tuple[int, ...]
+    context: torch.Tensor
     groups: tuple[Group, ...]
     item: torch.Tensor
     segment: torch.Tensor
     offset: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, of what the language model sees."""
+        return len(self.source)
 
     def __len__(self) -> int:
         return len(self.item)
@@ -116,7 +111,7 @@ class Replay:
 
 
 @dataclass
-class _Row:
+class _Sequence:
     """One sequence in the making. `scored` holds (index read first, key of the first token, count).
 
     context: how many inputs stand before the first that is scored.
@@ -148,15 +143,14 @@ class _Row:
 
 
 class _Layout:
-    """Rows, pools and scored tokens of a batch of items. A scored token is known by its key, 0, 1, 2, ..."""
+    """Sequences and scored tokens of a batch of items. A scored token is known by its key, 0, 1, 2, ..."""
 
     def __init__(self, templates: Templates, options: ReplayOptions) -> None:
         self.templates, self.options = templates, options
         self.prompts: dict[tuple[bool, str], list[int]] = {}
-        self.rows: list[_Row] = []
-        self.codes: list[np.ndarray] = []
-        self.images: list[np.ndarray] = []
-        self.num_codes = self.num_keys = 0
+        self.sequences: list[_Sequence] = []
+        self.images: dict[tuple[int, int], np.ndarray] = {}
+        self.num_keys = 0
         self.distributions: list[Distribution] = []
         self.spans: list[tuple[np.ndarray, ...]] = []
 
@@ -170,12 +164,12 @@ class _Layout:
         if len(item.credits) != len(kinds):
             raise ValueError(f"trajectory {trajectory.id}: {len(item.credits)} credits for {len(kinds)} segments")
         trained = [number for number, credit in enumerate(item.credits) if credit.trained]
-        for images in self._image_rows(trajectory, [n // 2 for n in trained if n % 2 == 0]):
+        for images in self._drawings(trajectory, [n // 2 for n in trained if n % 2 == 0]):
             self._draw(index, item, images)
-        for texts in self._text_rows(trajectory, [n // 2 for n in trained if n % 2]):
+        for texts in self._lookings(trajectory, [n // 2 for n in trained if n % 2]):
             self._look(index, item, texts)
 
-    def _image_rows(self, trajectory: Trajectory, wanted: list[int]) -> list[list[int]]:
+    def _drawings(self, trajectory: Trajectory, wanted: list[int]) -> list[list[int]]:
         """Which images are scored in one sequence; numbers count the images.
 
         They share one where each stands in it as the later ones see it.
@@ -188,26 +182,26 @@ class _Layout:
             return [wanted]
         return [[0, 1], *alone[2:]] if wanted[:2] == [0, 1] else alone
 
-    def _text_rows(self, trajectory: Trajectory, wanted: list[int]) -> list[list[int]]:
+    def _lookings(self, trajectory: Trajectory, wanted: list[int]) -> list[list[int]]:
         """Which reflections are scored in one sequence; numbers count the reflections."""
         if wanted and trajectory.sampling.history == "all" and self.options.context == "live":
             return [wanted]
         return [[number] for number in wanted]
 
-    def _begin(self, row: _Row, item: TrainItem, source: np.ndarray | None, blank: bool = False) -> None:
+    def _begin(self, sequence: _Sequence, item: TrainItem, source: np.ndarray | None, blank: bool = False) -> None:
         """The prompt, its words blank or not; around `source` for an edit."""
         text, t = item.trajectory.prompt.text, self.templates
         if source is not None:
             before, after = t.edit(text)
             before, after = t.blank_edit(before, after) if blank else (before, after)
             for part in (before, source, after):
-                row.add(part)
+                sequence.add(part)
             return
         plain = item.trajectory.prompt.metadata.get("roles") == "plain"
         if (plain, text) not in self.prompts:
             self.prompts[plain, text] = (t.plain if plain else t).prompt(text)
         ids = self.prompts[plain, text]
-        row.add(t.blank(ids) if blank else ids)
+        sequence.add(t.blank(ids) if blank else ids)
 
     def _reflection(self, item: TrainItem, number: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Token ids of a reflection as it is and without its end-of-sentence token, and its room behind an image."""
@@ -221,12 +215,6 @@ class _Layout:
         words = ids[:-1] if ids[-1] == self.templates.eos else ids
         rooms = {"fixed": limit, "exact": len(words), "group": len(ids)}
         return ids, words, segment.room or rooms[trajectory.sampling.reflection_room]
-
-    def _code_source(self, codes: np.ndarray) -> np.ndarray:
-        source = _CODE + self.num_codes + np.arange(len(codes))
-        self.codes.append(np.asarray(codes, dtype=np.int64))
-        self.num_codes += len(codes)
-        return source
 
     def _keys(self, item: int, segment: int, offset: int, targets: np.ndarray, drawn: Distribution) -> int:
         """Register scored tokens of a segment from its token number `offset` on; returns the first key."""
@@ -252,11 +240,11 @@ class _Layout:
             sampling.image_top_k,
             sampling.image_top_p,
         )
-        rows = [_Row()] + [_Row(unconditional=True)] * paired
+        sequences = [_Sequence()] + [_Sequence(unconditional=True)] * paired
         codes = trajectory.source_codes
-        start = None if codes is None else self._code_source(codes)
-        for row in rows:
-            self._begin(row, item, start, row.unconditional or item.blank_prompt)
+        start = None if codes is None else _CODE + np.asarray(codes, dtype=np.int64)
+        for sequence in sequences:
+            self._begin(sequence, item, start, sequence.unconditional or item.blank_prompt)
         last = wanted[-1]
         first = 0 if sampling.history == "all" else max(last - 1, 0)
         for number in range(first, last + 1):
@@ -265,21 +253,21 @@ class _Layout:
             key = self._keys(index, 2 * number, 0, codes, drawn) if number in wanted else None
             if number < last and segment.context_ids is not None:
                 codes = segment.context_ids
-            source = self._code_source(codes)
-            for row in rows:
+            source = _CODE + np.asarray(codes, dtype=np.int64)
+            for sequence in sequences:
                 if number > first:
-                    row.add(self.templates.look)
-                    self._pass_over(row, item, number - 1)
-                row.add(source, key, len(source))
-        self.rows.extend(rows)
+                    sequence.add(self.templates.look)
+                    self._pass_over(sequence, item, number - 1)
+                sequence.add(source, key, len(source))
+        self.sequences.extend(sequences)
 
-    def _pass_over(self, row: _Row, item: TrainItem, number: int) -> None:
+    def _pass_over(self, sequence: _Sequence, item: TrainItem, number: int) -> None:
         """A reflection that nobody scores, in its room, and what precedes the next image."""
         _, words, room = self._reflection(item, number)
-        end = row.next_position + room
-        row.add(words)
-        row.next_position = end
-        row.add(self.templates.redraw)
+        end = sequence.next_position + room
+        sequence.add(words)
+        sequence.next_position = end
+        sequence.add(self.templates.redraw)
 
     def _look(self, index: int, item: TrainItem, wanted: list[int]) -> None:
         """The looking sequence up to the last wanted reflection."""
@@ -291,23 +279,24 @@ class _Layout:
                 f"trajectory {trajectory.id}: its verdicts were decided by a threshold; a reflection can be trained "
                 "on only if sampling.verdict_threshold is None"
             )
-        row, num_patches = _Row(), len(trajectory.segments[0])
-        self._begin(row, item, None, item.blank_prompt)
+        sequence, num_patches = _Sequence(), len(trajectory.segments[0])
+        self._begin(sequence, item, None, item.blank_prompt)
         for number in range(0 if trajectory.sampling.history == "all" else last, last + 1):
-            row.add(_PIXEL + len(self.images) * num_patches + np.arange(num_patches))
-            self.images.append(item.images[number])
-            row.add(self.templates.look)
-            end = row.next_position + self._reflection(item, number)[2]
+            self.images.setdefault((index, number), item.images[number])
+            place = list(self.images).index((index, number))
+            sequence.add(_PIXEL + place * num_patches + np.arange(num_patches))
+            sequence.add(self.templates.look)
+            end = sequence.next_position + self._reflection(item, number)[2]
             if number not in wanted:
-                self._pass_over(row, item, number)
+                self._pass_over(sequence, item, number)
                 continue
-            self._say(row, index, item, number)
+            self._say(sequence, index, item, number)
             if number < last:
-                row.next_position = end
-                row.add(self.templates.redraw)
-        self.rows.append(row)
+                sequence.next_position = end
+                sequence.add(self.templates.redraw)
+        self.sequences.append(sequence)
 
-    def _say(self, row: _Row, index: int, item: TrainItem, number: int) -> None:
+    def _say(self, sequence: _Sequence, index: int, item: TrainItem, number: int) -> None:
         """A reflection that is scored."""
         ids, words, _ = self._reflection(item, number)
         sampling, segment = item.trajectory.sampling, 2 * number + 1
@@ -319,69 +308,73 @@ class _Layout:
             if ids[0] not in choices:
                 raise ValueError(f"trajectory {item.trajectory.id}: the reflection starts with neither Yes nor No")
             target = np.array([choices.index(ids[0])])
-            row.add(ids[:1], self._keys(index, segment, 0, target, Distribution("verdict", *settings)), 1)
+            sequence.add(ids[:1], self._keys(index, segment, 0, target, Distribution("verdict", *settings)), 1)
             start = 1
         key = None
         if len(scored) > start:
             key = self._keys(index, segment, start, scored[start:], Distribution("text", *settings))
-        row.add(words[start:], key, len(scored) - start)
+        sequence.add(words[start:], key, len(scored) - start)
 
     def finish(self) -> Replay:
-        """Rows to passes of similar length, keys to groups of one distribution."""
-        self.rows.sort(key=lambda row: -row.used)
+        """Sequences to one row, keys to groups of one distribution."""
+        self.sequences.sort(key=lambda sequence: -sequence.used)  # Those of one length are neighbours.
+        lengths = [sequence.used for sequence in self.sequences]
+        starts = np.cumsum([0, *lengths])
         conditional = np.zeros(self.num_keys, np.int64)
         unconditional = np.full(self.num_keys, -1, np.int64)
-        passes, start, num_read = [], 0, 0
-        while start < len(self.rows):
-            longest = self.rows[start].used
-            rows = [row for row in self.rows[start:] if row.used >= _BUCKET * longest]
-            source = np.zeros((len(rows), longest), np.int64)
-            positions = np.zeros((len(rows), longest), np.int64)
-            context, read = np.zeros(len(rows), np.int64), []
-            for r, row in enumerate(rows):
-                source[r, : row.used] = np.concatenate(row.sources)[: row.used]
-                positions[r, : row.used] = np.concatenate(row.positions)[: row.used]
-                context[r] = row.context if self.options.context == "constant" else 0
-                for first, key, count in row.scored:
-                    at = unconditional if row.unconditional else conditional
-                    at[key : key + count] = num_read + np.arange(count)
-                    read.append(r * longest + first + np.arange(count))
-                    num_read += count
-            passes.append((source, positions, np.concatenate(read), context))
-            start += len(rows)
-        return self._replay(passes, conditional, unconditional)
-
-    def _replay(self, passes: list, conditional: np.ndarray, unconditional: np.ndarray) -> Replay:
-        text_ids = np.unique(np.concatenate([source[source < _CODE] for source, *_ in passes] or [np.zeros(1, int)]))
-        for source, *_ in passes:
-            text, pixel = source < _CODE, source >= _PIXEL
-            source[text] = np.searchsorted(text_ids, source[text])
-            source[pixel] += len(text_ids) + self.num_codes - _PIXEL
-            source[~text & ~pixel] += len(text_ids) - _CODE
-        targets = np.concatenate([s[0] for s in self.spans] or [np.zeros(0, np.int64)])
+        for start, sequence in zip(starts, self.sequences, strict=False):
+            for first, key, count in sequence.scored:
+                at = unconditional if sequence.unconditional else conditional
+                at[key : key + count] = start + first + np.arange(count)
+        constant = self.options.context == "constant"
+        contexts = [np.arange(sequence.used) < sequence.context * constant for sequence in self.sequences]
+        text_ids, codes, source = self._pool(
+            _joined([np.concatenate(sequence.sources)[: sequence.used] for sequence in self.sequences])
+        )
+        targets = _joined([targets for targets, _ in self.spans])
         places = np.concatenate([s[1] for s in self.spans] or [np.zeros((4, 0), np.int64)], axis=1)
         members = [np.flatnonzero(places[3] == d) for d in range(len(self.distributions))]
-        order = np.concatenate(members or [np.zeros(0, np.int64)])
-        tensor = torch.from_numpy
+        order, tensor = _joined(members), torch.from_numpy
         groups = []
         for drawn, keys in zip(self.distributions, members, strict=True):
             twin = tensor(unconditional[keys]) if drawn.guidance != 1.0 else None
             groups.append(Group(drawn, tensor(conditional[keys]), twin, tensor(targets[keys])))
         return Replay(
             options=self.options,
-            text_ids=tensor(text_ids.astype(np.int64)),
-            codes=tensor(np.concatenate(self.codes or [np.zeros(0, np.int64)])),
-            images=tensor(np.stack(self.images)) if self.images else None,
-            passes=tuple(Pass(*map(tensor, arrays)) for arrays in passes),
+            text_ids=tensor(text_ids),
+            codes=tensor(codes),
+            images=tensor(np.stack(list(self.images.values()))) if self.images else None,
+            source=tensor(source),
+            positions=tensor(
+                _joined([np.concatenate(sequence.positions)[: sequence.used] for sequence in self.sequences])
+            ),
+            lengths=tuple(lengths),
+            context=tensor(_joined(contexts).astype(bool)),
             groups=tuple(groups),
             item=tensor(places[0, order]),
             segment=tensor(places[1, order]),
             offset=tensor(places[2, order]),
         )
 
+    @staticmethod
+    def _pool(source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Vocabulary ids and codes that occur, and `source` as indices into both and the patches behind them."""
+        text, pixel = source < _CODE, source >= _PIXEL
+        code = ~text & ~pixel
+        text_ids, text_places = np.unique(source[text], return_inverse=True)
+        codes, code_places = np.unique(source[code] - _CODE, return_inverse=True)
+        places = np.empty_like(source)
+        places[text], places[code] = text_places, len(text_ids) + code_places
+        places[pixel] = source[pixel] - _PIXEL + len(text_ids) + len(codes)
+        return text_ids, codes, places
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if len(arrays) else np.zeros(0, np.int64)
+
 
 def lay_out(items: Sequence[TrainItem], templates: Templates, options: ReplayOptions | None = None) -> Replay:
-    """Lay out the trained segments of `items`, and what they need before them, as padded rows.
+    """Lay out the trained segments of `items`, and what they need before them, as sequences in one row.
 
     Raises ValueError, naming the trajectory, for a shape of trajectory that has no layout, a reflection
     longer than its `max_reflection_tokens`, a greedy sample, or (verdict "restricted") a reflection that
@@ -391,3 +384,10 @@ def lay_out(items: Sequence[TrainItem], templates: Templates, options: ReplayOpt
     for index, item in enumerate(items):
         layout.add(index, item)
     return layout.finish()
+
+
+def num_tokens(item: TrainItem, templates: Templates, options: ReplayOptions | None = None) -> int:
+    """How many tokens `lay_out` adds to the row for this item; raises as it does."""
+    layout = _Layout(templates, options or ReplayOptions())
+    layout.add(0, item)
+    return sum(sequence.used for sequence in layout.sequences)

@@ -7,8 +7,9 @@ pixels      -> embed_pixels /                               \\ image_logits
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import JanusForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlpipe.paths import resolve_path
 from rlpipe.policy import checkpoint
+from rlpipe.policy.attention import PACKED, Sequences, no_mask
 from rlpipe.policy.templates import Templates
 from rlpipe.schema import Config
 
@@ -51,6 +54,10 @@ class JanusPolicy(nn.Module):
         # A VQ tokenizer of 3 * r * r input channels works on r x r pixel blocks; the published models have r = 1.
         self.pixel_unshuffle: int = math.isqrt(config.vq_config.in_channels // 3)
         self.original = original
+        janus.model.language_model.set_attn_implementation(PACKED)
+        for module in janus.model.language_model.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.register_forward_hook(_as_autocast_does)
         # With their channels side by side the VQ tokenizer is a third faster on large images, and not on small ones.
         self.memory_format = torch.channels_last if self.image_size >= 256 else torch.contiguous_format
 
@@ -131,20 +138,27 @@ class JanusPolicy(nn.Module):
 
     # the language model and its heads
 
-    def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, D] under a causal mask; `positions` int64 [B, T] may have gaps.
+    def hidden(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Last hidden states [B, T, D]; `positions` int64 [B, T] may have gaps. Attention is causal.
 
-        Rows are padded on the right, where causality alone keeps the padding out.
+        lengths: of the sequences that stand behind one another in a single row (B = 1): none sees another. None: B rows
+                 of one sequence each, padded on the right, where causality alone keeps the padding out.
         """
-        length = embeddings.shape[1]
-        # An explicit mask: transformers takes a gap in the positions for the border of a packed sequence.
-        blocked = torch.full((length, length), torch.finfo(embeddings.dtype).min, device=embeddings.device).triu(1)
-        return self.janus.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=blocked.to(embeddings.dtype)[None, None],
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
+        rows, length = embeddings.shape[:2]
+        dtype, device = embeddings.dtype, embeddings.device.type
+        # What layers add up in bfloat16 parts the learner from the sampler: products are in it, their sum is float32.
+        with torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+            # Without a mask transformers would take a gap in the positions for the border of a packed sequence.
+            hidden = self.janus.model.language_model(
+                inputs_embeds=embeddings.reshape(1, rows * length, -1).float(),
+                attention_mask=no_mask(embeddings),
+                position_ids=positions.reshape(1, rows * length),
+                use_cache=False,
+                sequences=Sequences([length] * rows if lengths is None else lengths),
+            ).last_hidden_state
+        return hidden.view_as(embeddings).to(dtype)
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [.., V]."""
@@ -188,12 +202,23 @@ class JanusPolicy(nn.Module):
         return ((pixels + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def _as_autocast_does(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """A norm's output in the type of the products behind it, once and not by each of them."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
 def _in_float32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The output of a linear layer before it is rounded to the layer's type.
 
-    Logits rounded to bfloat16 part the sampler from the learner more than all layers before them.
+    Logits rounded to bfloat16 part the sampler from the learner more than all layers before them. Under autocast
+    weights and inputs are rounded, as the sampler has them.
     """
-    if x.dtype == torch.float32:
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    if dtype == torch.float32:
         return layer(x)
-    weights = {name: weight.float() for name, weight in layer.named_parameters()}
-    return torch.func.functional_call(layer, weights, (x.float(),))
+    weights = {name: weight.to(dtype).float() for name, weight in layer.named_parameters()}
+    with torch.autocast(device, enabled=False):
+        return torch.func.functional_call(layer, weights, (x.to(dtype).float(),))

@@ -6,7 +6,7 @@ Plain functional code over fused copies of the weights: transformers' Llama up t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,54 +14,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from rlpipe.policy.janus import JanusPolicy
+from rlpipe.rollout.cache import Cache, pack, packed_size, unpack
 from rlpipe.rollout.kernels import Kernels
 from rlpipe.rollout.linear import Linear
 
 CODES = 1 << 40
 """Added to a VQ code where a sequence mixes codes with vocabulary ids."""
-
-
-@dataclass
-class Cache:
-    """Keys and values of `length` decoded slots of every row, with room for more.
-
-    keys, values: [layers, B, key/value heads, slots, head size].
-    bias: [B, 1, 1, slots], 0 where a slot holds a token and the type's minimum where it holds padding, or
-          None if no row has padding.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None = None
-    length: int = 0
-
-    @property
-    def slots(self) -> int:
-        return self.keys.shape[3]
-
-    def select(self, rows: torch.Tensor, slots: int) -> Cache:
-        """A new cache with the given rows (int64 [B'], repeats allowed) and room for `slots` slots."""
-        shape = (self.keys.shape[0], len(rows), self.keys.shape[2], slots, self.keys.shape[4])
-        new = Cache(self.keys.new_empty(shape), self.values.new_empty(shape), None, self.length)
-        for old_part, new_part in ((self.keys, new.keys), (self.values, new.values)):
-            for old_layer, new_layer in zip(old_part, new_part, strict=True):
-                new_layer[:, :, : self.length] = old_layer[rows, :, : self.length]
-        if self.bias is not None:
-            new.bias = self.bias.new_zeros(len(rows), 1, 1, slots)
-            new.bias[..., : self.length] = self.bias[rows, ..., : self.length]
-        return new
-
-    def rewound(self, length: int) -> Cache:
-        """The same memory with its first `length` slots alone; what stood behind them may be overwritten."""
-        return Cache(self.keys, self.values, self.bias, length)
-
-    def mark(self, valid: torch.Tensor) -> None:
-        """Declare the next slots, bool [B, T], as tokens (True) or padding (False)."""
-        if self.bias is None:
-            self.bias = self.keys.new_zeros(len(valid), 1, 1, self.slots)
-        # the minimum and not -inf: a row of padding alone must stay finite, for 0 * nan is nan
-        block = self.bias[:, 0, 0, self.length : self.length + valid.shape[1]]
-        block.masked_fill_(~valid, torch.finfo(self.keys.dtype).min)
 
 
 @dataclass
@@ -87,13 +45,20 @@ class Decoder:
         hidden = decoder.extend(cache, policy.embed_text(tokens)[:, None], positions[:, None])   # [B, D]
     """
 
-    def __init__(self, policy: JanusPolicy, kernels: bool = True, graphs: bool = False) -> None:
-        """How it runs, not what it yields.
+    def __init__(
+        self, policy: JanusPolicy, kernels: bool = True, graphs: bool = False, cache_dtype: str = "auto"
+    ) -> None:
+        """How it runs; what it yields depends on the type of the cache alone.
 
-        kernels: use those of `kernels.py` where there are any; without them the same in plain torch.
-        graphs:  draw images in static shapes, see `graphs.py`.
+        kernels:     use those of `kernels.py` where there are any; without them the same in plain torch.
+        graphs:      draw images in static shapes, see `graphs.py`.
+        cache_dtype: auto, the policy's own, or float8_e4m3: half of bfloat16's memory, so twice the rows. Raises
+                     ValueError for a GPU that does not have it.
         """
-        self.policy, self.graphs = policy, graphs
+        self.policy, self.graphs, self.packed = policy, graphs, cache_dtype == "float8_e4m3"
+        if self.packed and policy.device.type == "cuda" and torch.cuda.get_device_capability(policy.device) < (8, 9):
+            name = torch.cuda.get_device_name(policy.device)
+            raise ValueError(f"rollout.cache_dtype: {name} has no float8_e4m3; set auto")
         self.model = policy.janus.model.language_model
         config = self.model.config
         if config.attention_bias or config.mlp_bias:
@@ -108,15 +73,16 @@ class Decoder:
         self.kernels = Kernels.load(config, self.head_dim, self.dtype, self.device) if kernels else None
         with torch.inference_mode():
             self.layers = [
-                _Layer(**{name: Linear(w) if w.ndim == 2 else w.clone() for name, w in self._fused(layer).items()})
+                _Layer(**{name: self._held(weight) for name, weight in self._fused(layer).items()})
                 for layer in self.model.layers
             ]
             self.norm = self.model.norm.weight.clone()
             self.project, self.classify, self.speak = (
-                Linear(module.weight, module.bias, wide) for module, wide in self._heads()
+                Linear(module.weight, module.bias, wide, self.kernels) for module, wide in self._heads()
             )
             self.code_table = self._code_embeddings().clone()  # [codes, D]
             self.rotation = self._rotation()
+            self.compiled = self._compiled()
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -130,6 +96,21 @@ class Decoder:
             held.refresh(module.weight, module.bias)
         self.code_table.copy_(self._code_embeddings())
 
+    def _held(self, weight: torch.Tensor) -> Linear | torch.Tensor:
+        return Linear(weight, kernels=self.kernels) if weight.ndim == 2 else weight.clone()
+
+    def _compiled(self) -> object | None:
+        """The model as the kernels' own step takes it; None without kernels."""
+        if self.kernels is None:
+            return None
+        matrices = [[getattr(layer, field.name) for field in fields(layer)] for layer in self.layers]
+        layers = [[part.weight if isinstance(part, Linear) else part for part in layer] for layer in matrices]
+        inner = self.model.config.intermediate_size
+        sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "size": self.head_dim, "eps": self.eps}
+        return self.kernels.model(
+            layers, self.norm, rotation=self.rotation.data_ptr(), width=len(self.norm), inner=inner, **sizes
+        )
+
     def _heads(self) -> tuple[tuple[nn.Linear, bool], ...]:
         """The linear layers behind the language model, and whether what they yield are logits."""
         head = self.policy.part("generation_head")
@@ -139,10 +120,10 @@ class Decoder:
         return self.policy.embed_codes(torch.arange(self.policy.codebook_size, device=self.device))
 
     def _rotation(self) -> torch.Tensor:
-        """complex64 [positions, head size / 2], of numbers that the policy's type can hold as in transformers."""
+        """complex64 [positions, head size / 2]."""
         positions = torch.arange(self.max_positions, device=self.device)[None]
         turns = self.model.rotary_emb(torch.empty(1, device=self.device), positions)
-        return torch.complex(*(turn[0, :, : self.head_dim // 2].to(self.dtype).float() for turn in turns))
+        return torch.complex(*(turn[0, :, : self.head_dim // 2].float() for turn in turns))
 
     def _fused(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of `_Layer`, matrices [out, in]."""
@@ -192,9 +173,14 @@ class Decoder:
         embedded[codes] = self.code_table[ids[codes] - CODES]
         return embedded
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot's keys, or values, of one layer and head."""
+        return packed_size(self.head_dim) if self.packed else self.head_dim * self.dtype.itemsize
+
     def new_cache(self, rows: int, slots: int) -> Cache:
-        shape = (len(self.layers), rows, self.kv_heads, slots, self.head_dim)
-        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        size, dtype = (packed_size(self.head_dim), torch.uint8) if self.packed else (self.head_dim, self.dtype)
+        empty = torch.empty(len(self.layers), rows, self.kv_heads, slots, size, dtype=dtype, device=self.device)
         return Cache(empty, torch.empty_like(empty))
 
     @torch.inference_mode()
@@ -217,23 +203,20 @@ class Decoder:
         if valid is not None:
             cache.mark(valid)
         cache.length = end
+        positions, x, delta = positions.contiguous(), _residual(embeddings), None
+        if width == 1 and self.kernels is not None and not self.packed:
+            return self.kernels.decode(self.compiled, x, positions, cache.keys, cache.values, start, cache.bias)
         bias = self._bias(cache, width)
-        positions = positions.contiguous()
-        x, delta = embeddings.reshape(rows * width, size).clone(), None
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, delta, layer.norm))
             keys, values = cache.keys[index], cache.values[index]
-            if self.kernels is not None and width == 1:
-                attended = self.kernels.attend(qkv, self.rotation, positions, keys, values, start, cache.bias)
-            else:
-                last = width > 1 and index + 1 == len(self.layers)
-                if last:  # nobody reads the last layer's output anywhere but at the last position
-                    x = x.view(rows, width, size)[:, -1].contiguous()
-                    bias = None if bias is None else bias[:, :, -1:]
-                queries = self._write(qkv.view(rows, width, -1, self.head_dim), positions, keys, values, start)
-                queries = queries[:, -1:] if last else queries
-                attended = self._attend(queries, keys[:, :, :end], values[:, :, :end], bias)
-            delta = layer.out(attended)
+            last = width > 1 and index + 1 == len(self.layers)
+            if last:  # nobody reads the last layer's output anywhere but at the last position
+                x = x.view(rows, width, size)[:, -1].contiguous()
+                bias = None if bias is None else bias[:, :, -1:]
+            queries = self._write(qkv.view(rows, width, -1, self.head_dim), positions, keys, values, start)
+            queries = queries[:, -1:] if last else queries
+            delta = layer.out(self._attend(queries, keys[:, :, :end], values[:, :, :end], bias))
             delta = layer.down(self._gate(layer.gate_up(self._norm(x, delta, layer.mlp_norm))))
         return self._norm(x, delta, self.norm)
 
@@ -250,13 +233,13 @@ class Decoder:
         written = embeddings.new_zeros(limit).masked_fill_(unwritten, torch.finfo(self.dtype).min)
         bias = written if cache.bias is None else torch.minimum(cache.bias[..., :limit], written)
         bias = bias.expand(len(embeddings), 1, 1, limit)
-        x, delta = embeddings[:, 0].clone(), None
+        x, delta = _residual(embeddings), None
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, delta, layer.norm)).view(len(x), 1, -1, self.head_dim)
             keys, values = cache.keys[index], cache.values[index]
             rotated = self._rotate(qkv[:, :, : self.heads + self.kv_heads], self.rotation[positions].unsqueeze(2))
-            keys.index_copy_(2, slot, rotated[:, :, self.heads :].transpose(1, 2))
-            values.index_copy_(2, slot, qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2))
+            keys.index_copy_(2, slot, self._kept(rotated[:, :, self.heads :]))
+            values.index_copy_(2, slot, self._kept(qkv[:, :, self.heads + self.kv_heads :]))
             queries = rotated[:, :, : self.heads]
             delta = layer.out(self._attend(queries, keys[:, :, :limit], values[:, :, :limit], bias))
             delta = layer.down(self._gate(layer.gate_up(self._norm(x, delta, layer.mlp_norm))))
@@ -276,7 +259,8 @@ class Decoder:
         """Add `delta` to x [R, D] in place, where there is one; the norm of the sum."""
         if self.kernels is not None:
             return self.kernels.normalise(x, delta, weight, self.eps)
-        return F.rms_norm(x if delta is None else x.add_(delta), weight.shape, weight, self.eps)
+        normed = F.rms_norm(x if delta is None else x.add_(delta), weight.shape, weight.float(), self.eps)
+        return normed.to(self.dtype)
 
     def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         if self.kernels is not None:
@@ -290,9 +274,13 @@ class Decoder:
         """Keys and values of qkv [B, T, heads + 2 kv heads, head size] into the slots from `start`; its queries."""
         end, rotation = start + qkv.shape[1], self.rotation[positions].unsqueeze(2)  # [B, T, 1, head size / 2]
         qk = self._rotate(qkv[:, :, : self.heads + self.kv_heads], rotation)
-        keys[:, :, start:end] = qk[:, :, self.heads :].transpose(1, 2)
-        values[:, :, start:end] = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        keys[:, :, start:end] = self._kept(qk[:, :, self.heads :])
+        values[:, :, start:end] = self._kept(qkv[:, :, self.heads + self.kv_heads :])
         return qk[:, :, : self.heads]
+
+    def _kept(self, new: torch.Tensor) -> torch.Tensor:
+        """Keys or values [B, T, heads, head size] as the cache has them, [B, heads, T, ..]."""
+        return (pack(new) if self.packed else new).transpose(1, 2)
 
     def _bias(self, cache: Cache, width: int) -> torch.Tensor | None:
         """What is added to the scores: [B or 1, 1, T, slots so far]; None if every query sees every slot."""
@@ -305,19 +293,18 @@ class Decoder:
         return causal if bias is None else torch.minimum(causal, bias)
 
     def _rotate(self, qk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of [B, T, heads, head size]; rounded where transformers rounds."""
-        pairs = qk.unflatten(-1, (-1, 2))
-        if self.dtype == torch.float32:
-            return torch.view_as_real(torch.view_as_complex(pairs).mul_(rotation)).flatten(-2)
-        turn = torch.view_as_real(rotation).to(self.dtype)
-        crossed = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1)
-        return (pairs * turn[..., :1] + crossed * turn[..., 1:]).flatten(-2)
+        """Rotary positions of [B, T, heads, head size], in float32."""
+        pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs.mul_(rotation)).flatten(-2).to(self.dtype)
 
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Queries [B, T, heads, head_dim] over keys and values [B, kv heads, S, head_dim]: [B * T, D]."""
         rows, width = queries.shape[:2]
+        if self.packed:
+            keys, values = unpack(keys, self.dtype), unpack(values, self.dtype)
+            bias = None if bias is None else bias.to(self.dtype)
         if width == 1:
             # the queries of one key head stand in the place of time: no key is repeated
             grouped = queries.reshape(rows, self.kv_heads, -1, self.head_dim)
@@ -328,6 +315,11 @@ class Decoder:
             queries.transpose(1, 2), keys, values, attn_mask=bias, enable_gqa=self.heads != self.kv_heads
         )
         return attended.transpose(1, 2).reshape(rows * width, -1)
+
+
+def _residual(embeddings: torch.Tensor) -> torch.Tensor:
+    """The residual stream, float32 [B * T, D]: what is added up in bfloat16 parts the sampler from the learner."""
+    return embeddings.flatten(0, 1).to(torch.float32, copy=True)
 
 
 def _attend_by_products(

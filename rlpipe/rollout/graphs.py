@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from rlpipe.rollout.decoder import Cache, Decoder
+from rlpipe.rollout.cache import Cache
+from rlpipe.rollout.decoder import Decoder
 
 LIMIT_STEP = 128
 """Slots by which the limit grows: a graph more for every so many tokens, half of them read in vain."""

@@ -8,7 +8,7 @@ Each program that draws is a function over a generator that hands out the images
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from rlpipe.policy.janus import JanusPolicy
-from rlpipe.rollout.batch import Batch, Drawn, Reflections, in_chunks, without_end
+from rlpipe.rollout.batch import Batch, in_chunks, without_end
 from rlpipe.rollout.decoder import CODES, Decoder
+from rlpipe.rollout.schedule import Schedule
+from rlpipe.rollout.wave import Reflections, Wave
 from rlpipe.types import Prompt, Rollout, Sampling, Segment, Trajectory
 
 REFLECTION = 1
@@ -33,15 +35,15 @@ class Look(NamedTuple):
 
 
 class Round(NamedTuple):
-    """The images that one round of drawing finished; round 0 draws the first image of every row.
+    """Images that were finished together; those of round 0 are the first ones of their rows.
 
-    rows:     numbers of the rows that were drawn for. images: uint8 [len(rows), H, W, 3].
+    rows:     numbers of the rows that were drawn for. images: uint8 [H, W, 3] each, the same array for branches.
     accepted: whether an earlier image of the row was said to match; drawn nevertheless with `redraw: always`.
     """
 
     number: int
     rows: tuple[int, ...]
-    images: np.ndarray
+    images: Sequence[np.ndarray]
     accepted: tuple[bool, ...]
 
 
@@ -78,14 +80,17 @@ def introspect(
     samplings: Sequence[Sampling],
     ids: Sequence[str],
     policy_version: int = 0,
+    limit: int | None = None,
 ) -> list[Rollout]:
     """Draw, look, and draw again after a "No" (or always, if so asked): one rollout per row, in order.
 
-    One prompt, sampling and id per row; the samplings may differ in their seed alone. The last image that is
+    One prompt, sampling and id per row; the samplings may differ in their seeds alone. The last image that is
     allowed is not looked at, except that with `max_images` 1 a row ends with its reflection. What a row yields
     does not depend on the other rows, but for `reflection_room: group`, where rows of one prompt id share a room.
+
+    limit: most rows that are drawn at once (None: all); as rows leave, others take their places, see `schedule.py`.
     """
-    return finish(introspect_rounds(decoder, prompts, samplings, ids, policy_version))
+    return finish(introspect_rounds(decoder, prompts, samplings, ids, policy_version, limit))
 
 
 @torch.inference_mode()
@@ -95,37 +100,36 @@ def introspect_rounds(
     samplings: Sequence[Sampling],
     ids: Sequence[str],
     policy_version: int = 0,
+    limit: int | None = None,
 ) -> Rounds:
     """`introspect`, each round's images before they are looked at."""
     if not prompts:
         return []
     batch = _captioned(decoder, prompts, samplings, ids)
     sampling, yes = batch.sampling, batch.templates.yes
+    names = [prompt.id for prompt in prompts]
+    schedule = Schedule(batch, limit or len(prompts), names if sampling.reflection_room == "group" else None)
     stories = [_Story() for _ in prompts]
-    rows = list(range(len(prompts)))
-    drawn, images = _draw(batch)
-    while True:
-        pixels = _tell(stories, rows, drawn, images)
-        yield Round(batch.round, tuple(rows), pixels, tuple(any(stories[row].verdicts) for row in rows))
-        if batch.round + 1 == max(sampling.max_images, 2):
-            break
-        reflections = batch.look(images)
-        rooms = _rooms(sampling, [prompts[row].id for row in rows], reflections, batch.templates.eos)
-        for number, row in enumerate(rows):
-            tokens, logprobs = reflections.tokens[number], reflections.logprobs[number]
-            room = rooms[number] if sampling.reflection_room == "group" else None
-            text = Segment("text", tokens, logprobs, room=room)
-            stories[row].add_text(text, bool(tokens[0] == yes), reflections.truncated[number])
-        kept = [n for n, row in enumerate(rows) if not stories[row].verdicts[-1] or sampling.redraw == "always"]
-        if not kept or sampling.max_images == 1:
-            break
-        rows = [rows[number] for number in kept]
-        drawn, contexts = batch.redraw(kept, [rooms[number] for number in kept], images, drawn, reflections)
+    while (turn := schedule.turn()) is not None:
+        wave, contexts = turn
         if contexts is not None:
-            for row, codes in zip(rows, contexts.cpu().numpy(), strict=True):
+            for row, codes in zip(wave.rows, contexts.cpu().numpy(), strict=True):
                 newest = stories[row].segments[-2]
                 stories[row].segments[-2] = replace(newest, context_ids=codes)
-        images = in_chunks(decoder.policy, "decode_codes", drawn.tokens)
+        yield from _tell(stories, wave)
+        looks = [n for n, number in enumerate(wave.rounds) if number + 1 < max(sampling.max_images, 2)]
+        for part in schedule.parts(wave.pick(looks)):
+            part.said = batch.look(part)
+            part.rooms = _rooms(sampling, [names[row] for row in part.rows], part.said, batch.templates.eos)
+            for number, row in enumerate(part.rows):
+                tokens, logprobs = part.said.tokens[number], part.said.logprobs[number]
+                room = part.rooms[number] if sampling.reflection_room == "group" else None
+                text = Segment("text", tokens, logprobs, room=room)
+                stories[row].add_text(text, bool(tokens[0] == yes), part.said.truncated[number])
+            no = [n for n, row in enumerate(part.rows) if not stories[row].verdicts[-1] or sampling.redraw == "always"]
+            if no and sampling.max_images > 1:
+                schedule.wait(part.pick(no))
+        wave = part = turn = contexts = None  # What they hold is free again, but for the rows that wait.
     return [
         Rollout(
             Trajectory(
@@ -162,9 +166,10 @@ def draw_only(
     samplings: Sequence[Sampling],
     ids: Sequence[str],
     policy_version: int = 0,
+    limit: int | None = None,
 ) -> list[Rollout]:
     """Without introspection: one image per row. Its tokens are those of `introspect`'s first image."""
-    return finish(draw_rounds(decoder, prompts, samplings, ids, policy_version))
+    return finish(draw_rounds(decoder, prompts, samplings, ids, policy_version, limit))
 
 
 @torch.inference_mode()
@@ -174,18 +179,18 @@ def draw_rounds(
     samplings: Sequence[Sampling],
     ids: Sequence[str],
     policy_version: int = 0,
+    limit: int | None = None,
 ) -> Rounds:
     """`draw_only`, its images in one round."""
     if not prompts:
         return []
-    drawn, images = _draw(_captioned(decoder, prompts, samplings, ids))
-    pixels = images.cpu().numpy()
-    yield _only_round(pixels)
-    trajectories = [
-        Trajectory(ids[row], prompts[row], (segment,), samplings[row], policy_version)
-        for row, segment in enumerate(_image_segments(drawn))
+    stories = yield from _first_images(_captioned(decoder, prompts, samplings, ids), limit)
+    return [
+        Rollout(
+            Trajectory(ids[row], prompts[row], tuple(story.segments), samplings[row], policy_version), (*story.pixels,)
+        )
+        for row, story in enumerate(stories)
     ]
-    return [Rollout(one, (image,)) for one, image in zip(trajectories, pixels, strict=True)]
 
 
 def edit(
@@ -195,12 +200,13 @@ def edit(
     samplings: Sequence[Sampling],
     ids: Sequence[str],
     policy_version: int = 0,
+    limit: int | None = None,
 ) -> list[Rollout]:
     """Edit images: one per row, drawn behind the source image's VQ codes and the prompt's text, the instruction.
 
     sources: uint8 [H, W, 3] of the policy's image size, one per row. Guidance blanks the instruction alone.
     """
-    return finish(edit_rounds(decoder, prompts, sources, samplings, ids, policy_version))
+    return finish(edit_rounds(decoder, prompts, sources, samplings, ids, policy_version, limit))
 
 
 @torch.inference_mode()
@@ -211,6 +217,7 @@ def edit_rounds(
     samplings: Sequence[Sampling],
     ids: Sequence[str],
     policy_version: int = 0,
+    limit: int | None = None,
 ) -> Rounds:
     """`edit`, its images in one round."""
     if not prompts:
@@ -226,15 +233,13 @@ def edit_rounds(
         plain, blank = (before, after), templates.blank_edit(before, after)
         framed.append(tuple([*start, *image, *end] for start, end in (plain, blank)))
     common = replace(_common_sampling(prompts, samplings, ids), max_images=1)
-    drawn, images = _draw(Batch(decoder, framed, common, [s.seed for s in samplings]))
-    pixels = images.cpu().numpy()
-    yield _only_round(pixels)
+    stories = yield from _first_images(Batch(decoder, framed, common, [s.seed for s in samplings]), limit)
     rollouts = []
-    for row, (segment, image) in enumerate(zip(_image_segments(drawn), pixels, strict=True)):
+    for row, story in enumerate(stories):
         trajectory = Trajectory(
-            ids[row], prompts[row], (segment,), samplings[row], policy_version, source_codes=codes[row]
+            ids[row], prompts[row], tuple(story.segments), samplings[row], policy_version, source_codes=codes[row]
         )
-        rollouts.append(Rollout(trajectory, (image,), sources[row]))
+        rollouts.append(Rollout(trajectory, tuple(story.pixels), sources[row]))
     return rollouts
 
 
@@ -263,7 +268,7 @@ def look(
     if len(images) != len(prompts):
         raise ValueError(f"look: {len(prompts)} prompts but {len(images)} images; give one image per prompt")
     batch = _captioned(decoder, prompts, [sampling] * len(prompts), [""] * len(prompts), drawing=False)
-    reflections = batch.look(torch.from_numpy(np.stack(images)))
+    reflections = batch.look(batch.given(torch.from_numpy(np.stack(images))))
     words = map(batch.templates.text, reflections.tokens)
     return [Look(float(p), text) for p, text in zip(reflections.p_yes, words, strict=True)]
 
@@ -279,31 +284,34 @@ def _captioned(
     common, templates = _common_sampling(prompts, samplings, ids), decoder.policy.templates
     encoded = {text: templates.prompt(text) for text in {prompt.text: None for prompt in prompts}}
     framed = [(encoded[prompt.text], templates.blank(encoded[prompt.text])) for prompt in prompts]
-    return Batch(decoder, framed, common, [sampling.seed for sampling in samplings], drawing)
+    seeds = [sampling.seed for sampling in samplings]
+    first = [s.seed if s.first_seed is None else s.first_seed for s in samplings]
+    return Batch(decoder, framed, common, seeds, drawing, first)
 
 
-def _draw(batch: Batch) -> tuple[Drawn, torch.Tensor]:
-    """The first images of all rows: tokens, and pixels uint8 [B, H, W, 3]."""
-    drawn = batch.draw()
-    return drawn, in_chunks(batch.policy, "decode_codes", drawn.tokens)
+def _first_images(batch: Batch, limit: int | None) -> Generator[Round, None, list[_Story]]:
+    """The first images of all rows, and nothing more."""
+    stories, schedule = [_Story() for _ in batch.seeds], Schedule(batch, limit or len(batch.seeds))
+    while (turn := schedule.turn()) is not None:
+        yield from _tell(stories, turn[0])
+    return stories
 
 
-def _tell(stories: list[_Story], rows: list[int], drawn: Drawn, images: torch.Tensor) -> np.ndarray:
-    """Add the newest image of the given rows to their stories; their pixels, uint8 [len(rows), H, W, 3]."""
-    pixels = images.cpu().numpy()
-    for row, segment, image in zip(rows, _image_segments(drawn), pixels, strict=True):
+def _tell(stories: list[_Story], wave: Wave) -> Iterator[Round]:
+    """Add the newest images to the stories of their rows; they, by rounds."""
+    accepted = [any(stories[row].verdicts) for row in wave.rows]
+    tokens, logprobs, pixels = (part.cpu().numpy() for part in (*wave.drawn, wave.images))
+    shared: dict[int, tuple[Segment, np.ndarray]] = {}
+    for number, (row, drawer) in enumerate(zip(wave.rows, wave.drawers, strict=True)):
+        if drawer not in shared:
+            shared[drawer] = Segment("image", tokens[number].copy(), logprobs[number].copy()), pixels[number]
+        segment, image = shared[drawer]
         stories[row].segments.append(segment)
         stories[row].pixels.append(image)
-    return pixels
-
-
-def _only_round(pixels: np.ndarray) -> Round:
-    return Round(0, tuple(range(len(pixels))), pixels, (False,) * len(pixels))
-
-
-def _image_segments(drawn: Drawn) -> list[Segment]:
-    tokens, logprobs = drawn.tokens.cpu().numpy(), drawn.logprobs.cpu().numpy()
-    return [Segment("image", codes.copy(), row.copy()) for codes, row in zip(tokens, logprobs, strict=True)]
+    for count in sorted(set(wave.rounds)):
+        here = [n for n, number in enumerate(wave.rounds) if number == count]
+        rows, images = tuple(wave.rows[n] for n in here), [stories[wave.rows[n]].pixels[-1] for n in here]
+        yield Round(count, rows, images, tuple(accepted[n] for n in here))
 
 
 def _common_sampling(prompts: Sequence[Prompt], samplings: Sequence[Sampling], ids: Sequence[str]) -> Sampling:
@@ -312,15 +320,15 @@ def _common_sampling(prompts: Sequence[Prompt], samplings: Sequence[Sampling], i
         raise ValueError(
             f"rollout: {len(prompts)} prompts, {len(samplings)} samplings, {len(ids)} ids; give one of each per row"
         )
-    common = replace(samplings[0], seed=0)
+    common = replace(samplings[0], seed=0, first_seed=None)
     for sampling in set(samplings):
-        other = replace(sampling, seed=0)
+        other = replace(sampling, seed=0, first_seed=None)
         if other != common:
             one, two = asdict(common), asdict(other)
             name = next(key for key in one if one[key] != two[key])
             raise ValueError(
                 f"rollout: sampling.{name} is {one[name]!r} in one row and {two[name]!r} in another; "
-                "rows of one call may differ in their seed alone, so make one call per setting"
+                "rows of one call may differ in their seeds alone, so make one call per setting"
             )
     for name in ("max_images", "max_reflection_tokens"):
         if getattr(common, name) < 1:

@@ -214,7 +214,7 @@ def test_plain_roles_change_the_prompt_that_is_replayed(tiny_policy, folder):
     for roles in ("chat", "plain"):
         item = examples_of(folder, policy, redraw_roles=roles).redraw(np.random.default_rng(0), 1)[0]
         laid_out.append(lay_out([item], policy.templates))
-    chat, plain = (replay.text_ids[replay.passes[0].source[0, :2]].tolist() for replay in laid_out)
+    chat, plain = (replay.text_ids[replay.source[:2]].tolist() for replay in laid_out)
     assert chat == [policy.templates.bos, policy.templates.prompt("")[1]]
     assert plain == [policy.templates.bos, policy.templates.plain.prompt("")[1]]
     assert chat != plain

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlpipe.learn.checkpoint import save_checkpoint
-from rlpipe.learn.fsdp import FsdpLearner, LearnerError
+from rlpipe.learn.learner import Learner, LearnerError
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.types import Sampling, SegmentCredit, TrainItem
 from tests.learn.builders import config, item, with_logprobs
@@ -36,13 +36,21 @@ def batches(path: Path, scenario: str) -> list[list[TrainItem]]:
     return [items] * 2
 
 
-def build(path: Path, scenario: str, rank: int = 0, world_size: int = 1) -> FsdpLearner:
-    settings = config(path, micro_batch=2, activation_checkpointing=scenario == "recomputed", eps=1e-3)
+def build(path: Path, scenario: str, rank: int = 0, world_size: int = 1) -> Learner:
+    recomputed = scenario == "recomputed"
+    settings = config(
+        path,
+        micro_batch=2,
+        token_budget=500 if recomputed else None,
+        head_chunk=50 if recomputed else 1024,
+        activation_checkpointing="full" if recomputed else "none",
+        eps=1e-3,
+    )
     settings.policy.dtype = "bfloat16" if scenario == "bfloat16" else "float32"
-    return FsdpLearner(settings, rank, world_size)
+    return Learner(settings, rank, world_size)
 
 
-def train(learner: FsdpLearner, path: Path, scenario: str, first: slice) -> tuple[list[dict], dict]:
+def train(learner: Learner, path: Path, scenario: str, first: slice) -> tuple[list[dict], dict]:
     """Metrics of two steps on this rank's slice of the items, and the weights after them."""
     metrics = []
     for step, items in enumerate(batches(path, scenario)):
@@ -69,7 +77,7 @@ def rank_main(rank: int, path: Path, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def refused(learner: FsdpLearner, path: Path, rank: int) -> str:
+def refused(learner: Learner, path: Path, rank: int) -> str:
     """A step whose items are broken on rank 1 alone."""
     items = batches(path, "uneven")[0][:2]
     if rank == 1:

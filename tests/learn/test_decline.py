@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rlpipe.learn.decline import Decline, Reaction
-from rlpipe.learn.fsdp import FsdpLearner
+from rlpipe.learn.learner import Learner
 from rlpipe.schema import DeclineSection
 from tests.learn.builders import config, item, with_logprobs
 
@@ -108,7 +108,7 @@ def test_the_learner_takes_the_scales_of_its_step(tiny_policy, tiny_policy_path)
     items = with_logprobs(tiny_policy, [item(tiny_policy, i, 2) for i in range(2)])
 
     def step(**scales: float) -> dict[str, float]:
-        return FsdpLearner(config(tiny_policy_path)).step(items, 6.0, 1, 10, **scales)
+        return Learner(config(tiny_policy_path)).step(items, 6.0, 1, 10, **scales)
 
     whole, scaled = step(), step(lr_scale=0.25, kl_scale=0.5)
     assert whole["train/lr"] == 1e-3 and scaled["train/lr"] == 0.25e-3

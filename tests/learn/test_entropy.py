@@ -7,7 +7,7 @@ import math
 import pytest
 
 from rlpipe.learn.entropy import Adaptive, EntropyControl
-from rlpipe.schema import EntropySection
+from rlpipe.schema_learn import EntropySection
 
 
 def test_a_weight_moves_as_adam_moves_psi():

@@ -237,7 +237,7 @@ def test_guided_equals_conditional_at_scale_one_and_runs_no_unconditional_rows(t
         for a, b in zip(one, two, strict=True):
             np.testing.assert_array_equal(a, b)
     replay = lay_out(items, tiny_policy.templates)
-    assert sum(len(p.source) for p in replay.passes) == 4  # drawing and looking of each
+    assert len(replay.lengths) == 4  # drawing and looking of each
 
 
 @torch.no_grad()
@@ -256,11 +256,11 @@ def test_the_second_image_starts_at_one_distance_whatever_the_reflection(tiny_po
     starts = set()
     for index in range(3):
         example = item(tiny_policy, index, 3, credits=(OFF, OFF, IMAGE))
-        row = lay_out([example], t).passes[0]
+        row = lay_out([example], t)
         prompt = len(t.prompt(example.trajectory.prompt.text))
-        first_read = int(row.read[0])
-        assert row.positions[0, : prompt + 36 + len(t.look)].tolist() == list(range(prompt + 36 + len(t.look)))
-        starts.add(int(row.positions[0, first_read]) - prompt)
+        first_read = int(row.groups[0].at[0])
+        assert row.positions[: prompt + 36 + len(t.look)].tolist() == list(range(prompt + 36 + len(t.look)))
+        starts.add(int(row.positions[first_read]) - prompt)
         length = len(example.trajectory.segments[1]) - 1
         assert first_read == prompt + 36 + len(t.look) + length + len(t.redraw) - 1
     assert starts == {36 + len(t.look) + 24 + len(t.redraw) - 1}
@@ -269,20 +269,20 @@ def test_the_second_image_starts_at_one_distance_whatever_the_reflection(tiny_po
 def test_only_what_a_trained_token_needs_is_laid_out(tiny_policy):
     def shapes(num_segments, credits):
         replay = lay_out([item(tiny_policy, 0, num_segments, credits=credits)], tiny_policy.templates)
-        return replay, [tuple(p.source.shape) for p in replay.passes]
+        return replay, list(replay.lengths)
 
     t = tiny_policy.templates
     prompt = len(t.prompt(item(tiny_policy, 0).trajectory.prompt.text))
     draw, sizes = shapes(1, (IMAGE,))
-    assert sizes == [(1, prompt + 35)] and set(draw.segment.tolist()) == {0} and draw.images is None
+    assert sizes == [prompt + 35] and set(draw.segment.tolist()) == {0} and draw.images is None
     judge, sizes = shapes(2, (OFF, LOOK))
     answer = len(item(tiny_policy, 0).trajectory.segments[1])
-    assert sizes == [(1, prompt + 36 + len(t.look) + answer - 1)]
+    assert sizes == [prompt + 36 + len(t.look) + answer - 1]
     assert set(judge.segment.tolist()) == {1} and len(judge.codes) == 0 and len(judge) == answer
     redraw, sizes = shapes(3, (OFF, OFF, IMAGE))
     assert len(sizes) == 1 and set(redraw.segment.tolist()) == {2} and len(redraw) == 36
     cut, sizes = shapes(3, (IMAGE, OFF, OFF))
-    assert sizes == [(1, prompt + 35)]
+    assert sizes == [prompt + 35]
     nothing, sizes = shapes(3, (OFF, OFF, OFF))
     assert sizes == [] and len(nothing) == 0
 

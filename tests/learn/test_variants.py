@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlpipe.learn.fsdp import FsdpLearner
+from rlpipe.learn.learner import Learner
 from rlpipe.learn.loss import Variant, policy_loss, token_terms
 from rlpipe.learn.replay import lay_out, token_logprobs
 from rlpipe.schema import LossSection
@@ -139,7 +139,7 @@ def test_a_step_with_an_entropy_bonus_raises_the_entropy(tiny_policy, tiny_polic
     items = [item(tiny_policy, i, 2) for i in range(2)]
     bonus = tuple(replace(credit, advantage=0.0, entropy=1.0) for credit in items[0].credits)
     items = [replace(example, credits=bonus) for example in items]
-    learner = FsdpLearner(config(tiny_policy_path, lr=1e-4))
+    learner = Learner(config(tiny_policy_path, lr=1e-4))
     rows = [learner.step(items, 2.0, step, 10, entropy_weights=(-1.0, -1.0)) for step in range(2)]
     for kind in ("image", "text"):
         assert rows[1][f"entropy/{kind}"] > rows[0][f"entropy/{kind}"]

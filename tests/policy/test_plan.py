@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import torch
 
-from rlpipe.learn.fsdp import FsdpLearner
+from rlpipe.learn.learner import Learner
 from rlpipe.paths import ROOT
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.policy.plan import make_plan, parts_of, plan_table
@@ -34,7 +34,7 @@ def test_the_published_models_have_their_published_sizes(model, billions):
 
 def test_a_plan_of_one_rank_is_what_the_learner_holds(tiny_policy_path):
     run = config(tiny_policy_path)
-    learner, plan = FsdpLearner(run), make_plan(run)
+    learner, plan = Learner(run), make_plan(run)
     held = {name: p.nbytes for name, p in learner.policy.janus.named_parameters()}
     assert {row.name: row.weights for row in plan.rows} == held
     moments = sum(t.nbytes for n, t in learner.state_dict().items() if ".exp_avg" in n)

@@ -35,7 +35,7 @@ class Office:
         self.trained: list[list[tuple[int, int]]] = []
 
     def pools(self) -> list[ActorPool]:
-        return [self.rollout, *self.scorers, self.reference, self.ranks]
+        return [self.rollout, *self.scorers, *([self.reference] if self.reference else []), self.ranks]
 
     def config(self, run_dir: Path, **changes) -> Config:
         config = copy.deepcopy(self.base)

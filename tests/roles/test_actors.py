@@ -20,11 +20,12 @@ from rlpipe.observe.gallery import read_rollouts
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.types import Prompt, Rollout, Score, ScoreRequest, SegmentCredit
 from rlpipe.world.models import build_judge
+from roles.buckets import WeightError
 from roles.learner import LearnerActor
 from roles.reference import ReferenceActor
 from roles.reward import RewardActor
 from roles.rollout import RolloutWorker
-from roles.weight_sync import publish
+from roles.weights import publish
 from roles.work import (
     DrawRecord,
     GroupRecord,
@@ -33,7 +34,6 @@ from roles.work import (
     Sample,
     Share,
     image_id,
-    split,
     trajectory_seed,
 )
 
@@ -55,9 +55,9 @@ def worker_with_weights(config) -> RolloutWorker:
     return worker
 
 
-def generate(worker: RolloutWorker, wanted: list[GroupRequest]) -> list[tuple[Any, Any]]:
+def generate(worker: RolloutWorker, wanted: list[GroupRequest], version: int = 0) -> list[tuple[Any, Any]]:
     """The records that a worker sends, each with its object."""
-    items = worker.generate(0, wanted)
+    items = worker.generate(version, wanted)
     return [(next(items), thing) for thing in items]
 
 
@@ -97,14 +97,6 @@ def test_seeds_of_trajectories_differ_by_run_prompt_and_member_and_stay_the_same
     seeds = {trajectory_seed(s, o, m) for s in range(3) for o in range(5) for m in range(8)}
     assert len(seeds) == 120 and all(0 <= seed < 2**63 for seed in seeds)
     assert trajectory_seed(1, 2, 3) == trajectory_seed(1, 2, 3) != trajectory_seed(2, 1, 3)
-
-
-def test_the_split_over_ranks_covers_every_item_once_and_evenly() -> None:
-    for count in range(9):
-        for ranks in range(1, 5):
-            parts = split(count, ranks)
-            assert [i for part in parts for i in part] == list(range(count))
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def asked(worker: RolloutWorker, size: int = 6) -> list[tuple[ImagesRecord, list[ScoreRequest]]]:
@@ -173,6 +165,51 @@ def test_what_was_drawn_behind_an_accepted_image_is_not_scored_where_it_is_left_
     assert {len(r.images) for r in group} == {1, 2}
     ids = [name for record, _ in asked(worker) for name in record.ids]
     assert sorted(ids) == sorted(image_id(r.trajectory.id, i) for r in group for i in range(len(r.images)))
+
+
+def test_branches_share_a_first_image_that_counts_once_and_is_scored_once(config) -> None:
+    config.rollout.branches = 3
+    pairs = generate(worker_with_weights(config), requests("a photo of two red circles", size=6))
+    ((record, group),) = [(record, thing) for record, thing in pairs if isinstance(record, GroupRecord)]
+    first = [rollout.images[0].tobytes() for rollout in group]
+    assert first == [first[0]] * 3 + [first[3]] * 3 and first[0] != first[3]
+    assert record.num_drawn == sum(record.num_images) - 4
+    assert len({rollout.trajectory.sampling.seed for rollout in group}) == 6
+    asked_first = [thing for about, thing in pairs if isinstance(about, ImagesRecord)][0]
+    counts = RewardActor(config.reward[0]).score(asked_first).counts
+    assert counts.requests == 6 and counts.cached == 4
+
+
+def test_new_weights_between_two_calls_leave_nothing_of_the_old_ones(config) -> None:
+    config.rollout.rows, wanted = "2", requests("a photo of two red circles", "a photo of three blue circles")
+    worker = worker_with_weights(config)
+    before = groups_of(worker, wanted)
+    moved = {n: w + 0.05 * w.std() * torch.randn_like(w) for n, w in worker.policy.janus.named_parameters()}
+    manifest = publish({name: tensor.contiguous() for name, tensor in moved.items()}, 1)
+    worker.load_weights(manifest)
+    fresh = RolloutWorker(config)
+    fresh.load_weights(manifest)
+    one, two = (
+        [thing for record, thing in generate(w, wanted, 1) if isinstance(record, GroupRecord)] for w in (worker, fresh)
+    )
+    for a, b, c in zip(sum(before, ()), sum(one, ()), sum(two, ()), strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(b.images, c.images, strict=True))
+        assert b.trajectory.policy_version == 1 and not np.array_equal(a.images[0], b.images[0])
+
+
+def test_a_call_under_way_ends_where_the_weights_change(config) -> None:
+    worker = worker_with_weights(config)
+    items = worker.generate(0, requests("a photo of two red circles", size=6))
+    next(items), next(items)
+    worker.load_weights(publish(dict(worker.policy.janus.named_parameters()), 1))
+    with pytest.raises(WeightError, match="asked to work with version 0, holds version 1"):
+        list(items)
+
+
+def test_rows_that_do_not_fit_are_refused_when_a_worker_starts(config) -> None:
+    config.rollout.rows = "100000000"
+    with pytest.raises(ValueError, match=r"rollout.rows: 100000000 rows do not fit: .*; give \d+ or fewer, or auto"):
+        RolloutWorker(config)
 
 
 def score_requests(config, text: str) -> list[ScoreRequest]:

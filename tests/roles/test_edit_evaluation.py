@@ -11,9 +11,9 @@ from rlpipe.config import Config
 from rlpipe.data.prompts import load_prompts
 from rlpipe.evaluate.editing import summarise_edits
 from rlpipe.world.edits import KINDS, write_edits
+from roles.buckets import WeightError
 from roles.evaluation import show, uncheckable
 from roles.rollout import RolloutWorker
-from roles.weight_sync import WeightError
 
 
 @pytest.fixture(scope="module")

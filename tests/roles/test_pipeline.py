@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from rlpipe.config import Config
 from rlpipe.observe.gallery import read_rollouts
-from rlpipe.schema import EntropySection
+from rlpipe.schema_learn import EntropySection
 from roles.batch import Batch, ScoresMissing
 from roles.group import ActorPool
 from roles.placement import grpo_demands

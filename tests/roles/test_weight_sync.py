@@ -1,4 +1,4 @@
-"""Weights through the object store: layout, checksum, acknowledgement, refusal."""
+"""Weights on their way to the workers, through the object store and by a channel: identical, checked, acknowledged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.types import Prompt
+from roles.buckets import WeightError, fill, write
 from roles.group import ActorPool, RoleError
 from roles.rollout import RolloutWorker
-from roles.weight_sync import WeightError, WeightSync, install, lay_out, publish
+from roles.weight_sync import WeightSync
+from roles.weights import install, publish
 from roles.work import Ack, GroupRequest
 from tests.roles.death import kill
 
@@ -58,13 +60,17 @@ def test_a_holder_of_some_tensors_acknowledges_the_whole_version_and_checks_its_
 
 
 def test_slots_never_overlap_and_a_bucket_holds_no_more_than_it_may() -> None:
-    slots = lay_out(some_weights(), 200)
     ends = {}
+    slots = [
+        s
+        for b in fill(some_weights().items(), lambda _, n: torch.zeros(n, dtype=torch.uint8), None, 200)
+        for s in b.slots
+    ]
     for slot in slots:
         assert slot.offset >= ends.get(slot.bucket, 0)
-        ends[slot.bucket] = slot.offset + slot.nbytes
-        assert slot.offset == 0 or ends[slot.bucket] <= 200
-    assert [slot.name for slot in slots] == sorted(some_weights())
+        ends[slot.bucket] = slot.end
+        assert slot.offset == 0 or slot.end <= 200
+    assert [slot.name for slot in slots] == list(some_weights())
 
 
 def test_damaged_bytes_are_refused() -> None:
@@ -72,8 +78,36 @@ def test_damaged_bytes_are_refused() -> None:
     manifest = publish(weights, 1)
     bytes_ = np.array(ray.get(manifest.buckets[0]))
     bytes_[-1] ^= 1
-    with pytest.raises(WeightError, match="version 1: checksum"):
+    with pytest.raises(WeightError, match=r"version 1: bucket 0, d.weight: checksum"):
         install(replace(manifest, buckets=(ray.put(bytes_),)), blank(weights))
+
+
+def test_buckets_in_each_others_place_are_refused() -> None:
+    weights = {name: torch.full((64,), value) for name, value in (("a", 1.0), ("b", 2.0))}
+    manifest = publish(weights, 1, bucket_bytes=1)
+    with pytest.raises(WeightError, match="bucket 0, a: checksum"):
+        install(replace(manifest, buckets=manifest.buckets[::-1]), blank(weights))
+
+
+@pytest.mark.parametrize("size", [3, 1023, 300_001])
+def test_every_changed_byte_and_every_moved_block_changes_the_checksum(size: int) -> None:
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    target = torch.empty_like(source)
+    original = write(source, target)
+    assert torch.equal(source, target)
+    for place in (0, size // 2, size - 1):
+        changed = source.clone()
+        changed[place] ^= 1
+        assert write(changed, target) != original
+    if size > 8192:
+        assert write(torch.cat([source[4096:8192], source[:4096], source[8192:]]), target) != original
+
+
+def test_what_is_copied_in_another_type_has_the_checksum_of_that_type() -> None:
+    source = torch.randn(500, 1001)
+    target = torch.empty_like(source, dtype=torch.bfloat16)
+    own = write(source, target)
+    assert torch.equal(target, source.bfloat16()) and own == write(target.clone(), torch.empty_like(target))
 
 
 @pytest.mark.parametrize(

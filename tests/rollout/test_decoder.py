@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from rlpipe.policy.attention import PACKED
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.rollout.decoder import Decoder
 
@@ -27,7 +28,7 @@ def with_language_model(policy: JanusPolicy, **changes) -> JanusPolicy:
     torch.manual_seed(1)
     other = copy.deepcopy(policy)
     config = LlamaConfig(**{**policy.janus.config.text_config.to_dict(), **changes})
-    config._attn_implementation = "eager"
+    config._attn_implementation = PACKED
     other.janus.model.language_model = LlamaModel(config).eval()
     return other
 

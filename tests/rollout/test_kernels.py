@@ -6,9 +6,13 @@ import logging
 import pytest
 import torch
 
+from rlpipe.policy.guidance import guide
 from rlpipe.rollout import kernels
-from rlpipe.rollout.decoder import Cache, Decoder
+from rlpipe.rollout.cache import Cache
+from rlpipe.rollout.decoder import Decoder
 from rlpipe.rollout.kernels import Kernels, compiled
+from rlpipe.rollout.linear import Linear
+from rlpipe.rollout.sampling import choose
 from tests.rollout.test_decoder import random_ids, with_language_model
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
@@ -51,18 +55,56 @@ def test_bfloat16_kernels_are_as_near_to_float32_as_plain_torch(tiny_policy):
 
 
 @needs_compiler
-def test_several_threads_write_what_one_writes():
-    torch.manual_seed(0)
-    rows, heads, slots, size = 6, 4, 600, 64
-    found = Kernels(compiled(), torch.float32)
-    qkv, rotation = torch.randn(rows, 3 * heads * size), torch.polar(torch.ones(700, 32), torch.rand(700, 32))
-    keys, values = torch.randn(2, rows, heads, slots, size)
+def test_several_threads_write_what_one_writes(tiny_policy):
+    decoder, ids = Decoder(tiny_policy), random_ids(tiny_policy, 5, 24)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(found.attend(qkv, rotation, torch.arange(rows), keys, values, slots - 1, None))
+        results.append(decoded(decoder, ids)[0])
     torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [16, 30, 32, 80, 112])
+def test_products_are_those_of_torch_whatever_the_sizes(dtype, outputs):
+    torch.manual_seed(outputs)
+    found = Kernels(compiled(), dtype)
+    for rows in (1, 7, 8, 13, 200):
+        x, weight, bias = torch.randn(rows, 48).to(dtype), torch.randn(outputs, 48).to(dtype), torch.randn(outputs)
+        expected = (x.double() @ weight.double().t() + bias).float()
+        wide = Linear(weight, bias.to(dtype), wide=True, kernels=found)(x)
+        torch.testing.assert_close(wide, expected + (bias.to(dtype).float() - bias), atol=1e-5, rtol=1e-5)
+        narrow = Linear(weight, kernels=found)(x)
+        assert narrow.dtype == dtype
+        torch.testing.assert_close(narrow, (expected - bias).to(dtype), atol=1e-5, rtol=1e-2)
+
+
+@needs_compiler
+def test_a_row_is_multiplied_alike_in_every_batch():
+    torch.manual_seed(0)
+    found = Kernels(compiled(), torch.bfloat16)
+    x, weight = torch.randn(205, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    project = Linear(weight, kernels=found)
+    alone = torch.cat([project(row[None]) for row in x])
+    assert torch.equal(project(x), alone)
+
+
+@needs_compiler
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_tokens_are_drawn_as_in_plain_torch(guidance, temperature):
+    torch.manual_seed(0)
+    logits, chance = 3 * torch.randn(2 * 500, 512), torch.rand(500)
+    chance[:2] = torch.tensor([0.0, 1.0 - 2**-24])
+    if guidance == 1.0:
+        logits = logits[:500]
+    halves = logits.chunk(2) if guidance != 1.0 else (logits, None)
+    expected = choose(guide(*halves, guidance), chance, temperature)
+    tokens, logprobs = Kernels(compiled(), torch.float32).choose(logits, chance, guidance, temperature)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logprobs, expected[1], atol=2e-5, rtol=1e-5)
 
 
 def test_sizes_that_the_kernels_do_not_know_are_left_to_torch(tiny_policy):

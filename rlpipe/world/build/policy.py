@@ -12,7 +12,7 @@ from rlpipe.config import Config, SftSection
 from rlpipe.data.sft import SftMixture
 from rlpipe.evaluate.outcomes import evaluate_policy
 from rlpipe.evaluate.table import Measured, Outcome, policy_row
-from rlpipe.learn.fsdp import FsdpLearner
+from rlpipe.learn.learner import Learner
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.rollout.decoder import Decoder
 from rlpipe.rollout.programs import draw_only
@@ -33,7 +33,7 @@ def train(
     section = config.learner
     section.lr, section.min_lr, section.warmup_steps, section.schedule = lr, lr * 0.02, 80, "cosine"
     section.weight_decay, section.micro_batch = 0.05, mix.batch_size
-    learner = FsdpLearner(config)
+    learner = Learner(config)
     mixture = SftMixture(mix, examples, seed=1)
     meter = Meter(name, steps)
     for step in range(steps):
