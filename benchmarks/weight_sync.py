@@ -11,6 +11,9 @@ share   bytes / seconds, of the speed of `Tensor.copy_` from one buffer of the w
 repack  what a worker's decoder does behind that, on its own: packing the weights again for its products. Seconds of the
         slowest of all workers at once.
 cpu     seconds of processor time of learner and workers for one update, on machines that others use meanwhile
+
+The warm-up is long because the object store's memory is slow where it has not been written before: it takes some
+versions until every part of it has been.
 """
 
 from __future__ import annotations
@@ -183,10 +186,10 @@ def parse(argv: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=["object_store", "gloo"])
-    parser.add_argument("--bucket-mib", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=7, help="updates that count")
-    parser.add_argument("--warmup", type=int, default=3, help="updates before them")
-    parser.add_argument("--store-gib", type=int, default=4, help="object store: two versions of the weights and room")
+    parser.add_argument("--bucket-mib", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=11, help="updates that count")
+    parser.add_argument("--warmup", type=int, default=10, help="updates before them")
+    parser.add_argument("--store-gib", type=int, default=2, help="object store: of three versions of the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)

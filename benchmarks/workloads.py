@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from engines import Engines
-from sizes import REFLECTION_TOKENS, build, rows
+from learning import RandomLearner
+from sizes import REFLECTION_TOKENS, rows
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from rlpipe.learn.layout import lay_out
-from rlpipe.learn.learner import Learner
 from rlpipe.policy.janus import JanusPolicy
 from rlpipe.reward.internvl import JudgeFormat, answer_logits
 from rlpipe.schema import Config
@@ -20,19 +20,6 @@ from rlpipe.types import Rollout, Sampling, SegmentCredit, TrainItem
 from rlpipe.world.models import build_judge, build_judge_tokenizer
 
 QUESTION = "Does this image match the description? Please directly respond with yes or no."
-
-
-class _Learner(Learner):
-    """The learner of a random policy in place of a checkpoint's."""
-
-    def __init__(self, config: Config, size: str, device: str) -> None:
-        self.size = size
-        super().__init__(config, device=device)
-
-    def _load_policy(self) -> JanusPolicy:
-        policy = build(self.size, torch.float32, str(self.device))
-        policy.set_trainable(self.config.policy.trainable)
-        return policy
 
 
 def learner_step(size: str, count: int, device: str, peak: float) -> dict:
@@ -47,7 +34,7 @@ def learner_step(size: str, count: int, device: str, peak: float) -> dict:
     config.loss.max_mismatch = float("inf")
     config.learner.activation_checkpointing = "full" if device == "cuda" else "none"
     config.learner.micro_batch = 4
-    learner = _Learner(config, size, device)
+    learner = RandomLearner(config, size, device)
     items = [_item(rollout) for rollout in _drawn(learner.policy, size, count)]
     replay = lay_out(items, learner.policy.templates, learner.options)
     lengths = np.array(replay.lengths)

@@ -155,7 +155,7 @@ class SyncSection:
     transport: str = "object_store"
     """object_store: Ray's. gloo, nccl: a collective group of the learner and the workers, made anew when one is lost;
     nccl needs GPUs on both sides."""
-    bucket_mib: int = 64
+    bucket_mib: int = 128
     """Size of the pieces that weights travel in: one is sent while the next is gathered."""
 
 

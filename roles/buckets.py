@@ -14,7 +14,7 @@ import torch
 
 from roles.work import Slot
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 128 << 20
 ALIGNMENT = 64
 _BLOCK = 512
 """64-bit words that are summed before CRC-32 sees them."""

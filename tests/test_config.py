@@ -174,6 +174,8 @@ def test_a_runnable_configuration_passes(empty, runnable):
         (["loss.logits=scaled", "max_staleness=1", "rollout.guidance=2"], ["loss.logits"]),
         (["learner.schedule=linear_then_cosine", "learner.convert_lr=1e-4"], ["learner.convert_steps"]),
         (["policy.trainable=[vision]"], ["policy.trainable"]),
+        (["sync.transport=nccl"], ["sync.transport"]),
+        (["sync.transport=mpi", "sync.bucket_mib=0"], ["sync.transport", "sync.bucket_mib"]),
         (["reward.1.name=judge", "reward.1.weight=0"], ["reward.1.name"]),
         (["reward.0.question=Is it good?"], ["reward.0.question"]),
         (["reward.0.weight=0"], ["reward"]),
