@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
     arguments = parser.parse_args()
     if (arguments.run and arguments.overlay) or (
-        arguments.policy and (arguments.step or arguments.layout == "adapter")
+        arguments.policy and (arguments.step is not None or arguments.layout == "adapter")
     ):
         parser.error("--overlay goes with --policy, --step and --layout adapter with --run")
 

@@ -154,7 +154,7 @@ class SyncSection:
 
     transport: str = "object_store"
     """object_store: Ray's. gloo, nccl: a collective group of the learner and the workers, made anew when one is lost;
-    nccl needs GPUs on both sides."""
+    nccl needs a whole GPU for each, and is untested."""
     bucket_mib: int = 128
     """Size of the pieces that weights travel in: one is sent while the next is gathered."""
 
@@ -173,7 +173,8 @@ class TrainSection:
     """Training goes on while a checkpoint is written, from a copy in the host's memory: always, never, or auto, where
     the free memory holds the copy."""
     export_every: int = 0
-    """Steps between whole policies in exports/ of the run folder (transformers layout), for others to use; 0: none."""
+    """Steps between whole policies in exports/ of the run folder (transformers layout), for others to use; a multiple
+    of checkpoint_every, 0: none."""
 
 
 @dataclass

@@ -31,10 +31,15 @@ def learner_problems(config: Config) -> Iterator[str]:
             f"train.keep_every: {train.keep_every} is no multiple of train.checkpoint_every {train.checkpoint_every}, "
             "so that such steps have no checkpoint; give a multiple, or 0"
         )
-    if config.sync.transport == "nccl" and not (learner.num_gpus > 0 and config.rollout.num_gpus > 0):
+    if train.export_every % train.checkpoint_every:
+        yield (
+            f"train.export_every: {train.export_every} is no multiple of train.checkpoint_every "
+            f"{train.checkpoint_every}, and policies are exported beside checkpoints; give a multiple, or 0"
+        )
+    if config.sync.transport == "nccl" and not (learner.num_gpus >= 1 and config.rollout.num_gpus >= 1):
         yield (
             f"sync.transport: 'nccl' with learner.num_gpus {learner.num_gpus:g} and rollout.num_gpus "
-            f"{config.rollout.num_gpus:g}; give both a GPU, or set sync.transport=gloo or object_store"
+            f"{config.rollout.num_gpus:g}; give both a whole GPU, or set sync.transport=gloo or object_store"
         )
     if learner.min_lr > learner.lr:
         yield f"learner.min_lr: {learner.min_lr:g} is above learner.lr {learner.lr:g}; give a smaller one"

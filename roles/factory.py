@@ -48,6 +48,8 @@ class LabelRecord:
 class DrawActor(RolloutWorker):
     """A rollout worker that serves the weights it was loaded with."""
 
+    draws_groups = False
+
     def check(self, shards: list[Shard]) -> None:
         """Raises PromptError naming prompts that are too long for the policy."""
         check_prompts([prompt for shard in shards for prompt in shard.prompts], self.policy.templates)

@@ -85,6 +85,8 @@ class SampleWorker(RolloutWorker):
     Takes a table of SampleRequests, writes their images and rows, and answers how many, or what is wrong with them.
     """
 
+    draws_groups = False
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.program = program_of(config)

@@ -386,4 +386,4 @@ class GrpoPipeline:
         for pool in (self.rollout, *self.panel.pools, self.reference, self.trainer.ranks):
             if pool is not None:
                 metrics |= {f"idle/{pool.role}": pool.idle_share(), **pool.counts()}
-        return metrics | watch.metrics()
+        return metrics | {"sync/fallbacks": self.sync.fallbacks} | watch.metrics()

@@ -59,23 +59,39 @@ class RolloutWorker:
     items = worker.generate.options(num_returns="streaming").remote(ack.version, [request])
     """
 
+    draws_groups = True
+    """Whether calls are groups of train.group_size trajectories."""
+
     def __init__(self, config: Config, index: int = 0) -> None:
         torch.set_num_threads(config.rollout.threads)
         self.config, self.index = config, index
         dtype, device = getattr(torch, config.policy.dtype), actor_device(config.rollout.num_gpus)
         self.policy = JanusPolicy.from_config(config, dtype, device).requires_grad_(False)
         self.decoder = Decoder(self.policy, cache_dtype=config.rollout.cache_dtype)
-        self.limit = self._rows_at_once(config.rollout.rows, sampling_of(config.rollout, 0))
+        section = config.rollout
+        self.limit = self._rows_at_once(section.rows, sampling_of(section, 0), section.groups_per_call)
+        if self.draws_groups:
+            self._check_room()
         self.receiver = Receiver(config.rollout.timeout_s)
         self.version: int | None = None
 
-    def _rows_at_once(self, wanted: str, sampling: Sampling) -> int:
-        """Rows that the memory holds which is free now, or as many as are wanted. Raises ValueError."""
+    def _check_room(self) -> None:
+        """Raises ValueError if the rows of a group do not fit at once although they have to."""
+        rollout, size = self.config.rollout, self.config.train.group_size
+        if rollout.program == "introspect" and rollout.reflection_room == "group" and self.limit < size:
+            raise ValueError(
+                f"rollout.reflection_room: group looks at the train.group_size {size} rows of a prompt together, but "
+                f"{self.limit} fit; give workers more memory, another reflection_room or a smaller train.group_size"
+            )
+
+    def _rows_at_once(self, wanted: str, sampling: Sampling, prompts: int) -> int:
+        """Rows that the memory holds which is free now, or as many as are wanted, in calls with so many prompts.
+
+        Raises ValueError.
+        """
         section, program = self.config.rollout, self.config.rollout.program
         longest = self.config.policy.max_prompt_tokens + (self.policy.num_image_tokens if program == "edit" else 0)
-        memory = RowMemory.of(
-            self.decoder, sampling, longest, section.groups_per_call, program == "introspect", section.branches
-        )
+        memory = RowMemory.of(self.decoder, sampling, longest, prompts, program == "introspect", section.branches)
         hosts = len(ray.nodes()) if ray.is_initialized() else 1
         free = free_bytes(self.policy.device, min(section.num_gpus, 1.0), math.ceil(section.workers / hosts))
         return rows_that_fit(wanted, memory, free)
@@ -213,7 +229,13 @@ class RolloutWorker:
         return evaluate_edits(self.decoder, prompts, sources, check_edit, sampling, seed, size, self._asking(judge))
 
     def _evaluated_at_once(self, sampling: Sampling) -> int:
-        return min(self.config.evaluate.batch_size, self._rows_at_once("auto", sampling))
+        """Rows of a batch of held-out prompts, each of which is prefilled; never fewer than one."""
+        size = self.config.evaluate.batch_size
+        try:
+            fit = self._rows_at_once("auto", sampling, size)
+        except ValueError:  # Little memory is free now: as many as the worker began with.
+            fit = self.limit
+        return max(min(size, fit), 1)
 
     def _asking(self, judge: ActorHandle | None) -> Judge | None:
         """The scores of a RewardActor as a function."""

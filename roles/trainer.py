@@ -56,6 +56,7 @@ class Trainer:
         self.saved_step = -1
         self.saving_step: int | None = None
         self.failed_saves = 0
+        self._not_saved = ""
         self.damaged: list[CheckpointError] = []
         self._halted: asyncio.Future[int] | None = None
         self._tracker: Tracker | None = None
@@ -161,7 +162,7 @@ class Trainer:
         self.saving_step = None
         if saved.error is not None:
             self.failed_saves += 1
-            self.saved_step = -1
+            self.saved_step, self._not_saved = -1, saved.error
             self.say(f"no checkpoint of step {saved.step}: {saved.error}")
             return
         train = self.config.train
@@ -244,22 +245,33 @@ class Trainer:
     async def saving(self, state: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
         """Within: whatever ends the training early, the steps that were finished are in a checkpoint first.
 
-        At the end what is being saved is waited for; where that failed it is tried once more.
+        What is being saved then is waited for; where that failed it is tried once more. Raises CheckpointError if the
+        training has come to its end, and that is not on disk.
         """
         try:
             yield
-            await self._note_saved(wait=True)
-            await self.save(state())
-            await self._note_saved(wait=True)
         except Exception:
             try:
-                await self.save(state())
-                await self._note_saved(wait=True)
-                if self.saved_step == self.step:
-                    self.say(f"checkpoint of step {self.step} saved")
-            except (RoleError, RayTaskError) as error:
-                self.say(f"no checkpoint of step {self.step}: {error}")
+                await self._save_last(state())
+                self.say(f"checkpoint of step {self.step} saved")
+            except (RoleError, RayTaskError, CheckpointError) as error:
+                self.say(f"checkpoint: {error}")
             raise
+        await self._save_last(state())
+
+    async def _save_last(self, driver_state: dict[str, Any]) -> None:
+        """Have this step on disk. Raises CheckpointError."""
+        await self._note_saved(wait=True)
+        await self.save(driver_state)
+        await self._note_saved(wait=True)
+        if self.saved_step != self.step:
+            try:
+                newest = await asyncio.to_thread(latest_checkpoint, self.run_dir / "checkpoints")
+            except CheckpointError:
+                newest = None
+            raise CheckpointError(
+                f"no checkpoint of step {self.step}: {self._not_saved}; the newest usable one is {newest or 'none'}"
+            )
 
     def fail(self, error: BaseException) -> None:
         """Halt the run with an error from one of the driver's loops; the first one counts."""

@@ -18,6 +18,8 @@ from roles.work import Ack, Channel, Invitation, Manifest
 class WeightSync:
     """Brings every worker to a version; `version` is the last that all have acknowledged.
 
+    `fallbacks` counts the times that a worker's channel broke and it turned to the object store.
+
     Hooks itself into the pool, so that a worker that starts again gets the current weights before any work.
 
         sync = WeightSync(pool, timeout_s=600)
@@ -43,6 +45,7 @@ class WeightSync:
         self.transport, self.learner = transport, learner
         self.manifest: Manifest | None = None
         self.version = -1
+        self.fallbacks = 0
         self.held: dict[int, int] = {}
         self._meeting: Meeting | None = None
         self._channel: tuple[Channel, list[ActorHandle]] | None = None
@@ -129,6 +132,7 @@ class WeightSync:
             self._end(invitation.channel)
             raise
         if not ack.as_asked:
+            self.fallbacks += 1
             self._end(invitation.channel)
         return ack
 

@@ -7,7 +7,7 @@ who could not take part.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +19,8 @@ import torch
 from roles.buckets import BUCKET_BYTES, Bucket, WeightError, check_fit, empty, fill, total
 from roles.channel import ChannelBroken, Member
 from roles.work import Ack, Channel, Invitation, Manifest
+
+log = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -35,6 +37,7 @@ class Publisher:
         self._sender = ThreadPoolExecutor(1, "weights")
         self._on_the_way: list[Future] = []
         self._member: Member | None = None
+        self._told = False
         self._kept: list[Bucket] = []
         self._latest: Manifest | None = None
 
@@ -82,16 +85,25 @@ class Publisher:
         if self._member is not None and self._member.channel.name == channel.name:
             return
         self._leave()
-        with contextlib.suppress(ChannelBroken):
+        try:
             self._member = Member(channel, 0)
+        except ChannelBroken as error:
+            self._tell(str(error))
 
     def _send(self, version: int, bucket: Bucket | None) -> None:
         if self._member is not None:
             try:
                 self._member.send(version, bucket)
-            except ChannelBroken:
+            except ChannelBroken as error:
                 # The workers will ask for the weights. No exception may stay: it would hold the connections open.
+                self._tell(str(error))
                 self._leave()
+
+    def _tell(self, reason: str) -> None:
+        """Once for each process: the workers tell how often."""
+        if not self._told:
+            log.warning("weights: %s; the workers get them through the object store", reason)
+        self._told = True
 
     def _leave(self) -> None:
         if self._member is not None:
@@ -166,6 +178,7 @@ class Receiver:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self._told = False
         self._member: Member | None = None
 
     def take(self, source: Manifest | Invitation, model: Mapping[str, torch.Tensor]) -> Ack:
@@ -175,13 +188,18 @@ class Receiver:
         """
         if isinstance(source, Manifest):
             return install(source, model, self.timeout_s)
-        with contextlib.suppress(ChannelBroken):
+        try:
             try:
                 return self._receive(source, model)
             except BaseException:
                 self._leave()
                 raise
+        except ChannelBroken as error:
+            reason = str(error)
         # Out here, where no exception holds the connections open: the others see that this rank has left.
+        if not self._told:
+            log.warning("weights version %d: %s; taken from the object store", source.version, reason)
+        self._told = True
         shared = ray.get(source.channel.learner.share.remote(), timeout=self.timeout_s)
         return replace(install(shared, model, self.timeout_s), as_asked=False)
 

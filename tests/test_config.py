@@ -175,6 +175,8 @@ def test_a_runnable_configuration_passes(empty, runnable):
         (["learner.schedule=linear_then_cosine", "learner.convert_lr=1e-4"], ["learner.convert_steps"]),
         (["policy.trainable=[vision]"], ["policy.trainable"]),
         (["sync.transport=nccl"], ["sync.transport"]),
+        (["sync.transport=nccl", "learner.num_gpus=0.5", "rollout.num_gpus=1"], ["sync.transport"]),
+        (["train.keep_every=30", "train.export_every=30"], ["train.keep_every", "train.export_every"]),
         (["sync.transport=mpi", "sync.bucket_mib=0"], ["sync.transport", "sync.bucket_mib"]),
         (["reward.1.name=judge", "reward.1.weight=0"], ["reward.1.name"]),
         (["reward.0.question=Is it good?"], ["reward.0.question"]),
@@ -214,6 +216,8 @@ def test_every_problem_of_a_value_is_named_once(empty, runnable, overrides, fiel
         ["loss.logits=scaled", "max_staleness=1"],
         ["learner.schedule=linear_then_cosine", "learner.convert_steps=20", "learner.convert_lr=1e-4"],
         ["train.steps=1"],
+        ["train.keep_every=40", "train.export_every=40"],
+        ["sync.transport=nccl", "learner.num_gpus=1", "rollout.num_gpus=1"],
     ],
 )
 def test_combinations_that_make_sense_pass(empty, runnable, overrides):

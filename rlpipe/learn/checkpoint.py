@@ -233,18 +233,20 @@ def prune_checkpoints(checkpoints: str | Path, keep: int, every: int = 0) -> Non
     """Remove unfinished folders and all but the newest `keep` checkpoints.
 
     What `latest` names stays, and so do the checkpoints of every `every`-th step (0: of none).
-    Nothing may be saved in the folder meanwhile.
+    Nothing may be saved in the folder meanwhile. What the file system refuses is a warning, and is tried next time.
     """
     checkpoints = Path(checkpoints)
     for pattern in (_UNFINISHED, _REMOVED):
         for path in checkpoints.glob(pattern + "*"):
             shutil.rmtree(path, ignore_errors=True)
     latest = checkpoints / _LATEST
-    name = latest.read_text().strip() if latest.is_file() else ""
-    for path in sorted(checkpoints.glob("step_*"))[:-keep]:
-        step = int(path.name.removeprefix("step_"))
-        if path.name != name and not (every and step % every == 0):
-            _remove(path)
+    with _as_warning(f"{checkpoints}: nothing removed"):
+        name = latest.read_text().strip() if latest.is_file() else ""
+        for path in sorted(checkpoints.glob("step_*"))[:-keep]:
+            step = int(path.name.removeprefix("step_"))
+            if path.name != name and not (every and step % every == 0):
+                with _as_warning(f"{path}: not removed"):
+                    _remove(path)
 
 
 def _remove(folder: Path) -> None:
@@ -287,6 +289,15 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {type(cause).__name__}: {cause}") from error
     except OSError as error:
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _as_warning(what: str) -> Iterator[None]:
+    """Errors of files in the log alone."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: %s: %s", what, type(error).__name__, error)
 
 
 def _record(folder: Path) -> dict[str, Any]:

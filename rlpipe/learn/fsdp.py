@@ -27,9 +27,10 @@ class Fsdp2Strategy:
     def __init__(self, config: Config, policy: JanusPolicy, device: torch.device, world_size: int) -> None:
         self.section, self.policy, self.world_size = config.learner, policy, world_size
         self.device, self.dtype = device, DTYPES[config.policy.dtype]
-        self.anchored = world_size > 1
         # Offloaded weights are brought back layer by layer, which is what sharding does, be it over one rank.
         self.sharded = world_size > 1 or self.section.offload == "parameters"
+        # Over one rank too: FSDP2 drops what it has gathered in the backward pass, and would compute with old weights.
+        self.anchored = self.sharded
         if self.sharded:
             join_group(self.device)
             self._shard()

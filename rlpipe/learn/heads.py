@@ -44,7 +44,8 @@ def score_group(
         if whole:
             scores.append(_score(*fixed, *arguments))
         else:
-            scores.append(checkpoint(_score, *fixed, *arguments, use_reentrant=False, preserve_rng_state=False))
+            # The state of the random numbers too: a head may hold an adapter with dropout.
+            scores.append(checkpoint(_score, *fixed, *arguments, use_reentrant=False, preserve_rng_state=True))
     logprobs, entropies = zip(*scores, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 

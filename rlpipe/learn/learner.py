@@ -135,7 +135,10 @@ class Learner:
                 logprobs, terms, denominator, loss_section.clip, kl_beta, by_token, self.variant, *term
             )
             stats.merge([micro])
-            self.strategy.backward(loss + anchor, last=number == len(batches) - 1)
+            total = loss + anchor
+            # Without an anchor a micro-batch of which nothing is scored has no graph.
+            if total.requires_grad:
+                self.strategy.backward(total, last=number == len(batches) - 1)
         return self._reduce(stats)
 
     def _asks_base(self, items: Sequence[TrainItem]) -> bool:

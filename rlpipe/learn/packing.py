@@ -38,7 +38,8 @@ def micro_batches(
     """
     if not token_budget:
         return balance(sizes, max(-(-len(sizes) // micro_batch), least), micro_batch)
-    parts = max(-(-sum(min(size, token_budget) for size in sizes) // token_budget), least)
+    # Trajectories without anything to train have no tokens, but belong to a part all the same.
+    parts = max(-(-sum(min(size, token_budget) for size in sizes) // token_budget), least, min(len(sizes), 1))
     while True:
         members = balance(sizes, parts)
         if all(len(m) <= 1 or sum(sizes[i] for i in m) <= token_budget for m in members):

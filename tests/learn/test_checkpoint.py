@@ -185,6 +185,13 @@ def test_pruning_keeps_the_newest_and_what_latest_names(copy):
     assert sorted(p.name for p in copy.glob("step_*")) == ["step_000002", "step_000003"]
 
 
+def test_what_cannot_be_removed_is_told_and_does_not_keep_the_rest(copy, caplog):
+    (copy / ".removed_step_000001").write_text("no folder can have this name")
+    prune_checkpoints(copy, keep=1)
+    assert sorted(p.name for p in copy.glob("step_*")) == ["step_000001", "step_000003"]
+    assert "step_000001: not removed: NotADirectoryError" in caplog.text
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert latest_checkpoint(tmp_path / "nothing") is None
 

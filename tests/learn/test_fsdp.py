@@ -93,6 +93,34 @@ def test_micro_batches_do_not_change_a_step(tiny_policy, tiny_policy_path):
             torch.testing.assert_close(weight, results[0][1][name], atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"token_budget": 400}, {"offload": "parameters"}])
+def test_a_batch_with_nothing_to_train_is_a_step_that_changes_nothing(tiny_policy, tiny_policy_path, options):
+    items = with_logprobs(tiny_policy, [item(tiny_policy, i, 3) for i in range(6)])
+    idle = [replace(i, credits=(SegmentCredit(),) * 3) for i in items]
+    learner = Learner(config(tiny_policy_path, micro_batch=2, weight_decay=0.0, **options))
+    before = learner.weights()
+    metrics = learner.step(idle, 6.0, 0, TOTAL, kl_scale=0.0)
+    after = learner.weights()
+    assert metrics["train/grad_norm"] == 0 and metrics["train/policy_version"] == 1
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": "parameters"}])
+def test_micro_batches_with_nothing_to_train_do_not_change_a_step(tiny_policy, tiny_policy_path, options):
+    items = with_logprobs(tiny_policy, [item(tiny_policy, i, 3) for i in range(6)])
+    items[:5] = [replace(i, credits=(SegmentCredit(),) * 3) for i in items[:5]]
+    results = []
+    for micro_batch in (2, 6):
+        learner = Learner(config(tiny_policy_path, micro_batch=micro_batch, eps=1e-3, **options))
+        # Nothing, something, nothing, something.
+        metrics = [learner.step(batch, 6.0, n, TOTAL) for n, batch in enumerate([items[:4], items[::-1]] * 2)]
+        results.append((metrics, learner.weights()))
+    for one, two in zip(results[0][0], results[1][0], strict=True):
+        assert one == pytest.approx(two, abs=1e-5, rel=1e-4)
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(weight, results[1][1][name], atol=2e-6, rtol=0)
+
+
 def test_a_step_of_supervised_examples_lowers_their_loss(tiny_policy, tiny_policy_path):
     items = [item(tiny_policy, i, 1, credits=(SegmentCredit(ce=1.0),)) for i in range(4)]
     learner = Learner(config(tiny_policy_path))

@@ -159,6 +159,32 @@ def test_the_memory_of_both_passes_does_not_grow_with_the_sequence():
     assert peaks[128, 1000] - peaks[16, 1000] > 14 * 2 * logits  # so the measure sees what a whole row takes
 
 
+class Dropping(Identity):
+    """A text head with dropout before it, as an adapter has; it keeps what its forward passes let through."""
+
+    def __init__(self) -> None:
+        self.weight = torch.randn(7, 4, requires_grad=True)
+        self.passed: list[torch.Tensor] = []
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        dropped = torch.nn.functional.dropout(hidden, 0.5)
+        self.passed.append(dropped.detach())
+        return dropped @ self.weight.T
+
+
+def test_the_backward_pass_drops_what_the_forward_pass_dropped():
+    torch.manual_seed(0)
+    policy, hidden, target = Dropping(), torch.randn(12, 4), torch.arange(12) % 7
+    group = Group(Distribution("text"), torch.arange(12), None, target)
+    logprobs, _ = score_group(policy, hidden, group, "guided", chunk=5)
+    passed = torch.cat(policy.passed)
+    assert (passed == 0).any() and len(policy.passed) == 3
+    (found,) = torch.autograd.grad(logprobs.sum(), policy.weight)
+    assert len(policy.passed) == 6  # all chunks were made again
+    same = (passed @ policy.weight.T).log_softmax(-1)[torch.arange(12), target].sum()
+    torch.testing.assert_close(found, torch.autograd.grad(same, policy.weight)[0])
+
+
 def test_logits_are_float32_under_autocast(tiny_policy):
     hidden = torch.randn(3, 64)
     with torch.autocast("cpu", torch.bfloat16):

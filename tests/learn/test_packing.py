@@ -192,6 +192,7 @@ def test_micro_batches_keep_to_their_bounds():
     assert sorted(micro_batches([900, 100, 100], 8, 200)) == [[0], [1, 2]]  # what is too long goes alone
     assert micro_batches([1, 1], 8, 100, least=3) == [[0], [1], []] and micro_batches([1], 8, least=2) == [[0], []]
     assert micro_batches([], 8) == micro_batches([], 8, 100) == []
+    assert micro_batches([0, 0, 0], 8, 100) == [[0, 1, 2]]  # nothing to train
 
 
 def test_runs_of_one_length_and_borders():

@@ -188,7 +188,7 @@ def test_the_command_ends_with_1_where_something_does_not_fit():
     command += ["--model", "configs/models/janus_pro_7b.json", "--device", "h200"]
     fits = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert fits.returncode == 0 and "Everything fits." in fits.stdout
-    large = subprocess.run([*command, "learner.ranks=1"], cwd=ROOT, capture_output=True, text=True)
+    large = subprocess.run([*command, "--device", "h100", "learner.ranks=1"], cwd=ROOT, capture_output=True, text=True)
     assert large.returncode == 1 and "Does not fit. learner rank" in large.stdout
     wrong = subprocess.run([*command, "--device", "h300"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("--device: 'h300'")

@@ -18,9 +18,11 @@ from rlpipe.learn.advantage import reference_items
 from rlpipe.learn.replay import segment_logprobs
 from rlpipe.observe.gallery import read_rollouts
 from rlpipe.policy.janus import JanusPolicy
+from rlpipe.rollout.memory import RowMemory
 from rlpipe.types import Prompt, Rollout, Score, ScoreRequest, SegmentCredit
 from rlpipe.world.models import build_judge
 from roles.buckets import WeightError
+from roles.factory import DrawActor
 from roles.learner import LearnerActor
 from roles.reference import ReferenceActor
 from roles.reward import RewardActor
@@ -34,6 +36,7 @@ from roles.work import (
     Sample,
     Share,
     image_id,
+    sampling_of,
     trajectory_seed,
 )
 
@@ -212,6 +215,29 @@ def test_rows_that_do_not_fit_are_refused_when_a_worker_starts(config) -> None:
         RolloutWorker(config)
 
 
+def test_a_group_that_is_looked_at_together_has_to_fit(config, monkeypatch) -> None:
+    config.rollout.reflection_room, config.train.group_size = "group", 5
+    monkeypatch.setattr("roles.rollout.rows_that_fit", lambda *_: 4)
+    words = "rollout.reflection_room: group looks at the train.group_size 5 rows of a prompt together, but 4 fit"
+    with pytest.raises(ValueError, match=words):
+        RolloutWorker(config)
+    assert DrawActor(config).limit == 4
+    monkeypatch.setattr("roles.rollout.rows_that_fit", lambda *_: 5)
+    assert RolloutWorker(config).limit == 5
+
+
+def test_an_evaluation_counts_all_its_prompts_and_goes_on_with_little_memory(config, monkeypatch) -> None:
+    config.evaluate.batch_size = 50
+    worker, sampling = RolloutWorker(config), sampling_of(config.rollout, 0)
+    assert worker._evaluated_at_once(sampling) == 50
+    row = RowMemory.of(worker.decoder, sampling, config.policy.max_prompt_tokens, prompts=50)
+    monkeypatch.setattr("roles.rollout.free_bytes", lambda *_: row.shared + 7 * row.row)
+    assert worker._evaluated_at_once(sampling) == 7
+    monkeypatch.setattr("roles.rollout.free_bytes", lambda *_: 0)
+    worker.limit = 3
+    assert worker._evaluated_at_once(sampling) == 3
+
+
 def score_requests(config, text: str) -> list[ScoreRequest]:
     (group,) = draw(config, text)
     return [
@@ -328,6 +354,7 @@ def test_a_learner_assembles_its_share_steps_publishes_and_resumes(config, tmp_p
     with pytest.raises(RuntimeError, match="asked for step 2, the learner is at 1"):
         learner.save(str(tmp_path / "checkpoints"), 2, {})
     learner.save(str(tmp_path / "checkpoints"), 1, {"cursor": 7})
+    assert learner.saved(wait=True).error is None
     other = LearnerActor(config)
     other.start("")
     assert other.load(str(tmp_path / "checkpoints" / "step_000001")) == {"cursor": 7}

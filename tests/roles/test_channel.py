@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from roles.buckets import WeightError, fill
@@ -78,6 +81,19 @@ def test_who_waits_for_a_member_that_does_not_come_is_freed() -> None:
         Member(channel, 0)
 
 
+def test_who_turns_to_the_object_store_says_why_once(caplog) -> None:
+    meeting, channel = channel_of(9)
+    meeting.end(channel)
+    publisher, receiver, model = Publisher(), Receiver(20.0), blank()
+    learner = SimpleNamespace(share=SimpleNamespace(remote=lambda: ray.put(publisher.share())))
+    for version in (1, 2):
+        publisher.publish(weights_of(version).items(), version, channel)
+        ack = receiver.take(Invitation(replace(channel, learner=learner), 1, version), model)
+        assert (ack.version, ack.as_asked) == (version, False)
+    told = [line for line in caplog.messages if "a member is lost" in line]
+    assert sorted("version 1" in line for line in told) == [False, True], "the learner and the worker, once each"
+
+
 def test_frozen_parts_do_not_travel(config_for, prompts_file, tmp_path: Path) -> None:
     config = config_for(tmp_path, prompts_file)
     config.policy.trainable = ["language_model"]
@@ -115,6 +131,7 @@ def test_a_worker_that_dies_amid_a_transfer_costs_the_others_the_channel_and_not
         assert crew.pool.restarts == 1
         held = await crew.pool.broadcast("held", timeout_s=20)
         await crew.check(1, [ack.as_asked for ack, _ in held])  # the other may have had it all before
+        assert crew.sync.fallbacks == (not held[1][0].as_asked)
         assert await crew.update(2) != first
         await crew.check(2, [True, True])
 
