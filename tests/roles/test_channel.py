@@ -123,6 +123,7 @@ def test_a_worker_that_came_back_is_brought_to_the_version_that_went_by_the_chan
     crew.run(scenario)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_amid_a_transfer_costs_the_others_the_channel_and_not_the_version() -> None:
     crew = Crew("dies")
 

@@ -44,6 +44,7 @@ def of_worker(office: Office) -> dict[str, torch.Tensor]:
     return ray.get(office.rollout.replicas[0].handle.__ray_call__.remote(weights))
 
 
+@pytest.mark.slow
 def test_adapters_train_against_their_base_reach_the_workers_and_go_on_after_a_stop(office, tmp_path: Path) -> None:
     assert office.reference is None and "reference" not in grpo_demands(office.base)
     config = office.config(tmp_path / "whole")

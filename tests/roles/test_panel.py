@@ -127,6 +127,7 @@ def same(rows: list[dict[str, float]], others: list[dict[str, float]]) -> bool:
     return kept == [{k: v for k, v in row.items() if not k.startswith("failures/")} for row in others]
 
 
+@pytest.mark.slow
 def test_a_judge_loses_one_of_two_replicas_for_good_and_the_run_goes_on_to_the_same_numbers(
     office, undisturbed, tmp_path
 ) -> None:

@@ -187,6 +187,7 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint_and_name_the_sco
     assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
 
 
+@pytest.mark.slow
 def test_two_learner_ranks_train_as_one(office, undisturbed, tmp_path) -> None:
     config = office.config(tmp_path, learner__ranks=2, train__checkpoint_every=10)
     alone, office.ranks = office.ranks, Trainer(config, grpo_demands(config)["learner"]).ranks

@@ -103,6 +103,7 @@ def test_images_that_are_not_read_in_time_are_named(config: Config, monkeypatch)
         scored(config)
 
 
+@pytest.mark.slow
 def test_scores_by_a_scorer_with_relative_paths_in_its_options_are_gone_on_with(config: Config) -> None:
     circle = {"include": [{"class": "circle", "count": 1}]}
     write(Path(config.score.images).parent, [row | {"metadata": circle} for row in rows_of(config)])
