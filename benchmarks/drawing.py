@@ -1,7 +1,7 @@
 """Seconds that a configuration's steps take to draw, by another checkout's code and by this one's.
 
-    git worktree add /tmp/before COMMIT
-    python benchmarks/drawing.py --before /tmp/before --json FILE       # configs/tiny_grpo.yaml
+    git worktree add ../before COMMIT
+    python benchmarks/drawing.py --before ../before --json FILE       # configs/tiny_grpo.yaml
 
 Each step draws `train.prompts_per_step` groups of `train.group_size` trajectories, as a rollout worker does. The two
 checkouts take turns, step by step, each in a process of its own. What they draw is compared: in float32 the rows are

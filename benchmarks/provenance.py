@@ -22,7 +22,8 @@ def provenance(threads: int | None = None, device: str = "cpu", packages: Iterab
     provenance(threads=1, packages=["torch"])
     {"command": "python ...", "commit": "45d2...", "hardware": "x86_64, 2 cores, 1 thread", "versions": {...}}
     """
-    found = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "hardware": hardware(threads, device)}
+    command = shlex.join(["python", *map(_portable, sys.argv)])
+    found = {"command": command, "commit": commit(), "hardware": hardware(threads, device)}
     versions = {name: number for name in packages if (number := _version(name))}
     return found | ({"versions": versions} if versions else {})
 
@@ -49,6 +50,16 @@ def write(path: Path | None, document: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _portable(argument: str) -> str:
+    """The argument without a folder of this machine: relative to the checkout, or a path outside of it by its name."""
+    key, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    inside = path.is_relative_to(ROOT)
+    return key + equals + (path.relative_to(ROOT).as_posix() if inside else path.name)
 
 
 def _git(*arguments: str) -> str:

@@ -26,6 +26,16 @@ from rlpipe.schema_learn import (
     TrainSection,
 )
 
+PARTS = (
+    "language_model",
+    "aligner",
+    "generation_embeddings",
+    "generation_aligner",
+    "generation_head",
+    "lm_head",
+)
+"""Parts of a policy that can be trained, by their checkpoint names."""
+
 
 @dataclass
 class RunSection:
@@ -74,16 +84,7 @@ class PolicySection:
     """File with a state dict (.pth, .safetensors) whose tensors replace those of `path`."""
     dtype: str = "float32"
     """Compute type of sampler, reference and learner: float32 or bfloat16 (the masters stay float32)."""
-    trainable: list[str] = field(
-        default_factory=lambda: [
-            "language_model",
-            "aligner",
-            "generation_embeddings",
-            "generation_aligner",
-            "generation_head",
-            "lm_head",
-        ]
-    )
+    trainable: list[str] = field(default_factory=lambda: list(PARTS))
     """Parts that receive gradients (official set); the vision tower and the VQ tokenizer stay frozen."""
     lora: LoraSection = field(default_factory=LoraSection)
     max_prompt_tokens: int = 200

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from rlpipe.schema import Config
-
-PARTS = (
-    "language_model",
-    "aligner",
-    "generation_embeddings",
-    "generation_aligner",
-    "generation_head",
-    "lm_head",
-)
+from rlpipe.schema import PARTS, Config
 
 
 def learner_problems(config: Config) -> Iterator[str]:
